@@ -1,0 +1,3 @@
+//! Runs neural networks over whole-slide images.
+
+pub mod geometry;
