@@ -3,3 +3,4 @@
 pub mod geometry;
 pub mod native;
 pub mod pipeline;
+pub mod stitch;
