@@ -3,4 +3,5 @@
 pub mod geometry;
 pub mod native;
 pub mod pipeline;
+pub mod report;
 pub mod stitch;
