@@ -2,6 +2,7 @@
 
 pub mod geometry;
 pub mod native;
+pub mod onnx;
 pub mod pipeline;
 pub mod report;
 pub mod stitch;
