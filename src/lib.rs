@@ -1,3 +1,4 @@
 //! Runs neural networks over whole-slide images.
 
 pub mod geometry;
+pub mod tiff;
