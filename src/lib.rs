@@ -3,6 +3,8 @@
 pub mod geometry;
 pub mod native;
 pub mod onnx;
+pub mod output;
 pub mod pipeline;
 pub mod report;
 pub mod stitch;
+pub mod tiff;
