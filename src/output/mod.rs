@@ -8,12 +8,14 @@ mod atomic;
 mod feature_collection;
 mod polygon;
 mod pyramid;
+mod region_geojson;
 mod tile_csv;
 mod tile_geojson;
 
 pub use atomic::{AtomicFile, Written, is_partial, write_atomic};
 pub use polygon::{CellPolygon, CellRing, Cells};
 pub use pyramid::{MAX_TOP_SIDE, PyramidSpec, PyramidWriter, Reduce};
+pub use region_geojson::{RegionClass, RegionMap, RegionSummary, write_regions};
 pub use tile_csv::{CoordsProblem, TileCsvWriter, read_coords_csv};
 pub use tile_geojson::TileGeoJsonWriter;
 
