@@ -7,6 +7,10 @@
 mod atomic;
 mod feature_collection;
 mod features_h5;
+mod figure;
+mod mask;
+mod overlay;
+mod png;
 mod polygon;
 mod pyramid;
 mod region_geojson;
@@ -18,6 +22,9 @@ pub use features_h5::{
     Coords, FeatureFormat, FeaturesWriter, GridLevel, Profile, TileAttributes, nominal_magnification, read_coords_h5,
     write_coords_h5,
 };
+pub use mask::{MaskLabel, MaskPicture, draw_mask};
+pub use overlay::{MapArea, Overlay, OverlayClass, Thumbnail, draw_overlay};
+pub use png::write_png;
 pub use polygon::{CellPolygon, CellRing, Cells};
 pub use pyramid::{MAX_TOP_SIDE, PyramidSpec, PyramidWriter, Reduce};
 pub use region_geojson::{RegionClass, RegionMap, RegionSummary, write_regions};
@@ -93,6 +100,14 @@ pub enum OutputError {
         path: PathBuf,
         /// Why.
         source: rust_hdf5::Hdf5Error,
+    },
+    /// A picture can't be encoded.
+    #[error("{}: the picture can't be written", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: image::ImageError,
     },
     /// A map's size and its rows don't agree, or can't be a map.
     #[error("{}: the map can't be written: {problem}", path.display())]
