@@ -1,6 +1,7 @@
 //! Runs neural networks over whole-slide images.
 
 pub mod geometry;
+pub mod inference;
 pub mod native;
 pub mod onnx;
 pub mod output;
