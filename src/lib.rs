@@ -2,4 +2,5 @@
 
 pub mod geometry;
 pub mod native;
+pub mod slide;
 pub mod tiff;
