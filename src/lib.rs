@@ -1,5 +1,6 @@
 //! Runs neural networks over whole-slide images.
 
+pub mod engine;
 pub mod geometry;
 pub mod inference;
 pub mod native;
@@ -10,3 +11,4 @@ pub mod report;
 pub mod slide;
 pub mod stitch;
 pub mod tiff;
+pub mod tissue;

@@ -180,6 +180,11 @@ impl TilingOptions {
         parse("mpp_csv", &self.mpp_csv)
     }
 
+    /// The resolution of the slides, if it was given.
+    pub(crate) fn slide_mpp(&self) -> Result<Option<Mpp>, Failure> {
+        parse("slide_mpp", &self.slide_mpp)
+    }
+
     /// How slides are cut, with the card's values where nothing was set.
     pub(crate) fn config(&self, card: &TilingDefaults) -> Result<TilingConfig, Failure> {
         let tile_size = card.tile_size;

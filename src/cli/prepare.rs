@@ -174,7 +174,7 @@ fn hardware() -> HardwareRecord {
     HardwareRecord {
         cpu: devices.cpu.name,
         cores: devices.cpu.threads,
-        memory_bytes: system.total_memory(),
+        memory_bytes: system.map_or(0, |system| system.total_memory()),
         gpus: devices.gpus.into_iter().map(|gpu| gpu.name).collect(),
     }
 }

@@ -118,7 +118,7 @@ impl EngineError {
         match self {
             Self::Input(error) => text(error.hint()),
             Self::Native(error) => Some(error.hint()),
-            Self::Model(error) => error.hint(),
+            Self::Model(error) => text(error.hint()),
             Self::Slide(error) => error.hint(),
             Self::Tissue(error) => error.hint(),
             Self::Grid(_) => text(Some("lower `overlap` or choose a smaller `region`")),

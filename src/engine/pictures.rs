@@ -12,7 +12,7 @@ use crate::output::{
     Written, draw_mask, draw_overlay, write_png,
 };
 use crate::stitch::Overview;
-use crate::tissue::{TissueLabel, TissueMask};
+use crate::tissue::{TissueLabel};
 
 /// Longest side of the slide in a picture, in pixels: fits a screen, is sent by mail.
 const PICTURE_SIDE: u32 = 1600;

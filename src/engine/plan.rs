@@ -1,11 +1,12 @@
 //! Which tiles of a slide are inferred: resolution, grid or coordinates, tissue, sampling.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use super::EngineError;
 use super::config::{TilingConfig, TissueSource};
 use crate::geometry::{Level0Rect, PixelSize, TileGrid, TilePlane, TilePosition};
-use crate::output;
+use crate::output::{self, GridLevel, Profile, TileAttributes};
 use crate::slide::level::{self, LevelChoice};
 use crate::slide::{Slide, Thumbnail};
 use crate::tissue::TissueMask;
@@ -116,29 +117,66 @@ fn grid(plane: &TilePlane, tiling: &TilingConfig) -> Result<Vec<TilePosition>, E
 }
 
 /// The tiles of a coordinates file, in order.
-fn from_coords(path: &std::path::Path, plane: &TilePlane) -> Result<Vec<TilePosition>, EngineError> {
-    let coords = output::read_coords(path)?;
+fn from_coords(path: &Path, plane: &TilePlane) -> Result<Vec<TilePosition>, EngineError> {
+    let (mut points, sizes) = read_coords(path)?;
     let expected = plane.level0_rect(plane.position(0, 0));
-    if let Some((width, height)) = coords.tile_size_level0 {
-        // Both sides round, each by at most half a pixel.
-        if (width - expected.width).abs() > 1 || (height - expected.height).abs() > 1 {
-            return Err(EngineError::CoordsTileSize {
-                path: path.to_owned(),
-                found: (width, height),
-                expected: (expected.width, expected.height),
-            });
-        }
+    // Both sides round, each by at most half a pixel.
+    let differs = |(width, height): &(i64, i64)| {
+        (width - expected.width).abs() > 1 || (height - expected.height).abs() > 1
+    };
+    if let Some(found) = sizes.into_iter().find(differs) {
+        let expected = (expected.width, expected.height);
+        return Err(EngineError::CoordsTileSize { path: path.to_owned(), found, expected });
     }
-    let extent = plane.region;
-    let mut points = coords.points;
     points.sort_unstable_by_key(|(x, y)| (*y, *x));
     points.dedup();
-    if let Some((x, y)) = points.iter().copied().find(|(x, y)| {
-        Level0Rect { x: *x, y: *y, ..expected }.intersection(extent).is_none()
-    }) {
+    let is_outside = |(x, y): &(i64, i64)| {
+        Level0Rect { x: *x, y: *y, ..expected }.intersection(plane.region).is_none()
+    };
+    if let Some((x, y)) = points.iter().copied().find(is_outside) {
         return Err(EngineError::CoordsOutside { path: path.to_owned(), x, y });
     }
     Ok(points.into_iter().map(|(x, y)| plane.position_at_level0(x, y)).collect())
+}
+
+/// Upper left corners, level-0 px.
+type Points = Vec<(i64, i64)>;
+
+/// Corners and tile sizes of a CSV or HDF5 file, in level-0 pixels; no size where the file doesn't tell.
+fn read_coords(path: &Path) -> Result<(Points, Vec<(i64, i64)>), EngineError> {
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("csv")) {
+        let rects = output::read_coords_csv(path)?;
+        return Ok(rects.iter().map(|rect| ((rect.x, rect.y), (rect.width, rect.height))).unzip());
+    }
+    let coords = output::read_coords_h5(path)?;
+    let size = coords.tile_size_level0();
+    Ok((coords.points, size.into_iter().collect()))
+}
+
+impl SlidePlan {
+    /// What an HDF5 file of this plan's tiles says of them; `folder` is where it goes.
+    #[must_use]
+    pub fn tile_attributes(&self, id: &str, folder: &Path) -> TileAttributes {
+        let info = self.slide.levels[self.choice.level.0 as usize];
+        let extent = self.slide.extent();
+        let level = self.choice.resample.is_none().then_some(GridLevel {
+            index: self.choice.level.0,
+            downsample: (info.downsample_x, info.downsample_y),
+            size: (i64::from(info.width), i64::from(info.height)),
+        });
+        TileAttributes {
+            profile: Profile::Trident,
+            tile_size: self.plane.tile_size,
+            overlap: self.overlap,
+            tile_size_level0: self.plane.level0_rect(self.plane.position(0, 0)).width,
+            level,
+            slide_size: (extent.width, extent.height),
+            level0_magnification: output::nominal_magnification(self.pixel_size.x),
+            target_magnification: output::nominal_magnification(self.plane.pixel_size.x),
+            name: id.to_owned(),
+            folder: folder.to_string_lossy().into_owned(),
+        }
+    }
 }
 
 fn mask(

@@ -57,12 +57,13 @@ struct Maps {
 }
 
 /// What was written of one slide.
-pub(super) struct SlideResults {
-    pub(super) outputs: Vec<OutputRecord>,
-    pub(super) inferred: u64,
-    pub(super) failed: Vec<FailedTile>,
+#[derive(Debug)]
+pub(crate) struct SlideResults {
+    pub(crate) outputs: Vec<OutputRecord>,
+    pub(crate) inferred: u64,
+    pub(crate) failed: Vec<FailedTile>,
     /// Name and share of the classified area.
-    pub(super) class_shares: Vec<(String, f64)>,
+    pub(crate) class_shares: Vec<(String, f64)>,
 }
 
 impl Target<'_> {
@@ -161,7 +162,7 @@ impl<'a> SlideFiles<'a> {
                 written.push(target.write_regions(&overview)?);
             }
             if target.emits(Emit::Png) {
-                written.push(pictures::write_overlay(&target, &overview, &class_shares)?);
+                written.push(pictures::write_overlay(&target, &overview)?);
             }
         }
         written.extend(pictures::write_masks(&target)?);
@@ -174,7 +175,7 @@ impl Target<'_> {
     fn features_writer(&self, dimension: usize) -> Result<FeaturesWriter, EngineError> {
         let path = self.path("features", "h5");
         let attributes = self.plan.tile_attributes(self.id, path.parent().unwrap_or(self.out));
-        Ok(FeaturesWriter::create(&path, dimension, FeatureFormat::F32, &attributes)?)
+        Ok(FeaturesWriter::create(&path, dimension, FeatureFormat::F32, attributes)?)
     }
 
     /// Regions whose class is sure enough: the most probable one, at or above the threshold.
