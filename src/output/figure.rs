@@ -10,8 +10,6 @@ const PAPER: [u8; 3] = [255, 255, 255];
 const INK: [u8; 3] = [28, 30, 34];
 const FAINT_INK: [u8; 3] = [112, 116, 124];
 const RULE: [u8; 3] = [206, 209, 214];
-/// What the colour bar is blended over: the mean colour of an H&E stain.
-const TISSUE: [u8; 3] = [226, 196, 214];
 
 /// A picture and what is said about it.
 pub(super) struct Figure<'a> {
@@ -45,6 +43,8 @@ pub(super) struct LegendItem {
 /// How probability becomes opacity, shown for each colour.
 pub(super) struct ColorBar {
     pub title: String,
+    /// What the colours are blended over.
+    pub under: [u8; 3],
     pub colors: Vec<[u8; 3]>,
     /// Opacity of the colour at a probability of 0–1.
     pub opacity: fn(f64, f64) -> f64,
@@ -164,7 +164,7 @@ impl ColorBar {
         let bar_height = pen.line() - 2;
         for color in &self.colors {
             for x in 0..width {
-                let mixed = blend(TISSUE, *color, (self.opacity)(probability(x), self.floor));
+                let mixed = blend(self.under, *color, (self.opacity)(probability(x), self.floor));
                 fill(page, [left + x, y, 1, bar_height], mixed);
             }
             y += bar_height + 2;

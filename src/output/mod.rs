@@ -45,6 +45,24 @@ pub struct ClassStyle {
     pub color: [u8; 3],
 }
 
+/// A colour for the class at `index` if none is given: ten that are told apart on a faded stain, then again from the first.
+#[must_use]
+pub fn class_color(index: usize) -> [u8; 3] {
+    const COLORS: [[u8; 3]; 10] = [
+        [214, 39, 40],
+        [31, 119, 180],
+        [44, 160, 44],
+        [255, 127, 14],
+        [148, 103, 189],
+        [23, 190, 207],
+        [227, 119, 194],
+        [188, 189, 34],
+        [140, 86, 75],
+        [70, 70, 70],
+    ];
+    COLORS[index % COLORS.len()]
+}
+
 /// Why an output file can't be written, or a coordinate file not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -162,7 +180,7 @@ fn write_hint(source: &io::Error) -> Option<&'static str> {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             Some("choose an `out` that you may write to")
         }
-        io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
+        io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory | io::ErrorKind::AlreadyExists => {
             Some("choose another `out`: a file or folder of that name is in the way")
         }
         _ => None,

@@ -1,6 +1,6 @@
-//! The picture of a result: the slide's thumbnail with each cell tinted in the colour of its strongest class.
+//! The picture of a result: the slide's thumbnail, faded, with each cell tinted in the colour of its strongest class.
 
-use image::RgbImage;
+use image::{Pixel, RgbImage};
 
 use crate::geometry::Level0Rect;
 
@@ -11,6 +11,12 @@ use super::figure::{ColorBar, Figure, LegendItem, blend, percent};
 const LEAST_OPACITY: f64 = 0.2;
 /// Opacity at probability 1: the tissue must stay visible.
 const MOST_OPACITY: f64 = 0.7;
+
+/// How far the stain fades to grey: the pink of eosin would hide red and orange classes.
+const FADE: f64 = 0.65;
+
+/// What the colour bar is blended over: a mean colour of H&E.
+const STAIN: [u8; 3] = [226, 196, 214];
 
 /// The slide as the picture shows it.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +75,7 @@ pub struct Overlay<'a> {
 pub fn draw_overlay(thumbnail: &Thumbnail<'_>, overlay: &Overlay<'_>) -> RgbImage {
     let mut picture = thumbnail.pixels.clone();
     for (x, y, pixel) in picture.enumerate_pixels_mut() {
+        pixel.0 = faded(pixel.0);
         let Some(cell) = overlay.map.cell_at(thumbnail, x, y) else { continue };
         let Some((class, probability)) = overlay.at(cell) else { continue };
         if !class.is_background {
@@ -96,6 +103,7 @@ pub fn draw_overlay(thumbnail: &Thumbnail<'_>, overlay: &Overlay<'_>) -> RgbImag
         legend: overlay.classes.iter().zip(&counts[1..]).map(item).collect(),
         color_bar: Some(ColorBar {
             title: "Its probability".into(),
+            under: faded(STAIN),
             colors: colors.collect(),
             opacity,
             floor: overlay.floor,
@@ -136,6 +144,11 @@ impl Overlay<'_> {
         let probability = *self.probabilities.get(class)?.get(cell)?;
         Some((self.classes.get(class)?, f64::from(probability) / 255.0))
     }
+}
+
+fn faded(color: [u8; 3]) -> [u8; 3] {
+    let luma = image::Rgb(color).to_luma().0[0];
+    blend(color, [luma; 3], FADE)
 }
 
 /// Opacity of a class at a probability of 0–1.

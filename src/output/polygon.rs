@@ -7,6 +7,7 @@
 //! valid: its rings may share single points, as the OGC rules allow.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::geometry::Level0Rect;
 
@@ -227,12 +228,43 @@ struct Walk<'a> {
     /// A bit per cell: its top edge has been walked. Every ring has a top edge.
     walked: Vec<u64>,
     /// Corners where the ring may touch itself, with their index in the path.
-    crossings: HashMap<(u32, u32), usize>,
+    crossings: HashMap<u64, usize, BuildHasherDefault<CornerHasher>>,
+    /// The keys of `crossings`: a table that a long ring has grown is emptied by them, not as a whole for each ring.
+    crossed: Vec<u64>,
+}
+
+/// Spreads the bits of a corner: the default hash takes half of all time on noise, and no one picks corners in malice.
+#[derive(Default)]
+struct CornerHasher(u64);
+
+impl Hasher for CornerHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 32)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, corner: u64) {
+        self.0 = (self.0 ^ corner).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+fn corner_key((x, y): (u32, u32)) -> u64 {
+    u64::from(x) << 32 | u64::from(y)
 }
 
 impl<'a> Walk<'a> {
     fn new(grid: &'a Grid<'a>) -> Self {
-        Self { grid, walked: vec![0; grid.values.len().div_ceil(64)], crossings: HashMap::new() }
+        Self {
+            grid,
+            walked: vec![0; grid.values.len().div_ceil(64)],
+            crossings: HashMap::default(),
+            crossed: Vec::new(),
+        }
     }
 
     fn was_walked(&self, column: u32, row: u32) -> bool {
@@ -247,7 +279,9 @@ impl<'a> Walk<'a> {
 
     /// Walks the boundary that begins with the top edge of a cell; `emit` gets each simple ring of it.
     fn ring_from(&mut self, column: u32, row: u32, mut emit: impl FnMut(CellRing)) {
-        self.crossings.clear();
+        for key in self.crossed.drain(..) {
+            self.crossings.remove(&key);
+        }
         // The start is a corner: the edge to its left is not a top edge, or it would have been met before.
         let start = (column, row);
         let mut path: CellRing = Vec::new();
@@ -270,10 +304,11 @@ impl<'a> Walk<'a> {
             };
             // A right turn past an inside cell ahead on the left: two cells meet at this corner only.
             if left && next == heading.right() {
-                if let Some(&first) = self.crossings.get(&(x, y)) {
+                let key = corner_key((x, y));
+                if let Some(&first) = self.crossings.get(&key) {
                     let ring = path.split_off(first);
                     for corner in &ring[1..] {
-                        self.crossings.remove(corner);
+                        self.crossings.remove(&corner_key(*corner));
                     }
                     path.push((x, y));
                     emit(ring);
@@ -283,7 +318,8 @@ impl<'a> Walk<'a> {
                     }
                     continue;
                 }
-                self.crossings.insert((x, y), path.len());
+                self.crossings.insert(key, path.len());
+                self.crossed.push(key);
             }
             path.push((x, y));
             heading = next;
