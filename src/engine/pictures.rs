@@ -1,7 +1,7 @@
 //! The pictures of a slide's results: the overlay of the classes, and the tissue mask with its contours.
 
 use image::RgbImage;
-use image::imageops::{self, FilterType};
+use image::imageops;
 
 use super::EngineError;
 use super::config::Emit;
@@ -12,14 +12,16 @@ use crate::output::{
     Written, draw_mask, draw_overlay, write_png,
 };
 use crate::stitch::Overview;
-use crate::tissue::{TissueLabel};
+use crate::tissue::Cell;
 
 /// Longest side of the slide in a picture, in pixels: fits a screen, is sent by mail.
 const PICTURE_SIDE: u32 = 1600;
+/// Longest side of the picture of the slide that a region's picture is cut from.
+const MAX_THUMBNAIL_SIDE: u32 = 8192;
 
 /// Draws the classes over the slide.
 pub(super) fn write_overlay(target: &Target<'_>, overview: &Overview) -> Result<Written, EngineError> {
-    let (pixels, area) = slide_picture(target);
+    let (pixels, area) = slide_picture(target)?;
     let classes: Vec<OverlayClass> = target
         .class_styles()
         .into_iter()
@@ -45,22 +47,22 @@ pub(super) fn write_overlay(target: &Target<'_>, overview: &Overview) -> Result<
 pub(super) fn write_masks(target: &Target<'_>) -> Result<Vec<Written>, EngineError> {
     let Some(mask) = &target.plan.tissue else { return Ok(Vec::new()) };
     let labels = labels();
-    let values = mask.labels();
+    let values: Vec<u8> = mask.cells().iter().map(|cell| value_of(*cell)).collect();
     let cells = Cells {
         values: &values,
-        width: mask.width,
-        height: mask.height,
+        width: mask.width(),
+        height: mask.height(),
         origin_x: 0.0,
         origin_y: 0.0,
-        cell_width: mask.scale_x,
-        cell_height: mask.scale_y,
+        cell_width: mask.scale_x(),
+        cell_height: mask.scale_y(),
     };
     let mut written = Vec::new();
     if target.config.emit.contains(&Emit::Png) {
-        let (pixels, area) = slide_picture(target);
+        let (pixels, area) = slide_picture(target)?;
         let picture = MaskPicture {
             title: target.id,
-            subtitle: &mask.describe(),
+            subtitle: "what was taken for tissue",
             map: map_area(&cells),
             values: &values,
             labels: &labels,
@@ -85,25 +87,25 @@ pub(super) fn write_masks(target: &Target<'_>) -> Result<Vec<Written>, EngineErr
 }
 
 /// The region of the run as a picture, and the area that its pixels cover.
-fn slide_picture(target: &Target<'_>) -> (RgbImage, Level0Rect) {
-    let thumbnail = &target.plan.thumbnail;
-    let region = target.plan.plane.region;
+fn slide_picture(target: &Target<'_>) -> Result<(RgbImage, Level0Rect), EngineError> {
+    let (region, extent) = (target.plan.plane.region, target.plan.slide.extent());
+    // A small region needs a larger picture of the slide to be cut from.
+    let zoom = extent.width.max(extent.height) as f64 / region.width.max(region.height) as f64;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to a picture's size")]
+    let side = (f64::from(PICTURE_SIDE) * zoom).min(f64::from(MAX_THUMBNAIL_SIDE)) as u32;
+    let thumbnail = target.plan.slide.thumbnail(side)?;
+    let (scale_x, scale_y) = (thumbnail.scale_x, thumbnail.scale_y);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the region lies within the slide")]
     let pixel = |level0: i64, scale: f64, round: fn(f64) -> f64| round(level0 as f64 / scale).max(0.0) as u32;
-    let (scale_x, scale_y) = (thumbnail.scale_x, thumbnail.scale_y);
     let (left, top) = (pixel(region.x, scale_x, f64::floor), pixel(region.y, scale_y, f64::floor));
     let right = pixel(region.x + region.width, scale_x, f64::ceil).min(thumbnail.image.width()).max(left + 1);
     let bottom = pixel(region.y + region.height, scale_y, f64::ceil).min(thumbnail.image.height()).max(top + 1);
-    let cut = imageops::crop_imm(&thumbnail.image, left, top, right - left, bottom - top).to_image();
-    let shrink = (f64::from(PICTURE_SIDE) / f64::from(cut.width().max(cut.height()))).min(1.0);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most the picture's side")]
-    let side = |length: u32| ((f64::from(length) * shrink).round() as u32).max(1);
-    let picture = imageops::resize(&cut, side(cut.width()), side(cut.height()), FilterType::Triangle);
+    let picture = imageops::crop_imm(&thumbnail.image, left, top, right - left, bottom - top).to_image();
     #[expect(clippy::cast_possible_truncation, reason = "within the slide")]
     let level0 = |pixel: u32, scale: f64| (f64::from(pixel) * scale).round() as i64;
     let (x, y) = (level0(left, scale_x), level0(top, scale_y));
     let area = Level0Rect { x, y, width: level0(right, scale_x) - x, height: level0(bottom, scale_y) - y };
-    (picture, area)
+    Ok((picture, area))
 }
 
 fn um_per_px(target: &Target<'_>, area: Level0Rect, pixels: &RgbImage) -> f64 {
@@ -123,16 +125,25 @@ fn map_area(cells: &Cells<'_>) -> MapArea {
     MapArea { width: cells.width, height: cells.height, area }
 }
 
-/// What the mask's picture shows; tissue comes first.
+/// A cell of the mask as a value of the picture; glass is 0.
+fn value_of(cell: Cell) -> u8 {
+    let kinds = kinds();
+    let place = kinds.iter().position(|(kind, ..)| *kind == cell);
+    place.and_then(|index| u8::try_from(index + 1).ok()).unwrap_or(0)
+}
+
+/// What the mask's picture shows, with its colours; tissue comes first.
+fn kinds() -> [(Cell, &'static str, [u8; 3]); 5] {
+    [
+        (Cell::Tissue, "tissue", [34, 139, 34]),
+        (Cell::Pen, "pen, left out", [30, 100, 220]),
+        (Cell::Border, "black border, left out", [200, 30, 30]),
+        (Cell::Speck, "speck, left out", [230, 150, 0]),
+        (Cell::Unreadable, "unreadable, tried", [150, 0, 200]),
+    ]
+}
+
 fn labels() -> Vec<MaskLabel> {
     let style = |name: &str, color| ClassStyle { name: name.to_owned(), color };
-    [
-        (TissueLabel::Tissue, style("tissue", [34, 139, 34])),
-        (TissueLabel::Pen, style("pen, left out", [30, 100, 220])),
-        (TissueLabel::Border, style("black border, left out", [200, 30, 30])),
-        (TissueLabel::Speck, style("speck, left out", [230, 150, 0])),
-    ]
-    .into_iter()
-    .map(|(label, style)| MaskLabel { value: label as u8, style })
-    .collect()
+    kinds().into_iter().map(|(cell, name, color)| MaskLabel { value: value_of(cell), style: style(name, color) }).collect()
 }

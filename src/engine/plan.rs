@@ -8,11 +8,8 @@ use super::config::{TilingConfig, TissueSource};
 use crate::geometry::{Level0Rect, PixelSize, TileGrid, TilePlane, TilePosition};
 use crate::output::{self, GridLevel, Profile, TileAttributes};
 use crate::slide::level::{self, LevelChoice};
-use crate::slide::{Slide, Thumbnail};
-use crate::tissue::TissueMask;
-
-/// Longest side of the picture that tissue is found on and that overlays are drawn over, in pixels.
-const THUMBNAIL_SIDE: u32 = 4096;
+use crate::slide::Slide;
+use crate::tissue::{Cell, TissueMask, TissueOptions};
 
 /// What will be inferred of one slide.
 #[derive(Clone, Debug)]
@@ -35,8 +32,6 @@ pub struct SlidePlan {
     pub background_tiles: u64,
     /// Tissue tiles left out by `max_tiles`.
     pub unsampled_tiles: u64,
-    /// The slide as a picture.
-    pub thumbnail: Thumbnail,
     /// Where tissue is; `None` if no mask was asked for.
     pub tissue: Option<TissueMask>,
     /// What the reader of the results should know.
@@ -66,7 +61,6 @@ pub fn plan(slide: Slide, tiling: &TilingConfig) -> Result<SlidePlan, EngineErro
         pixel_size: choice.effective,
         tile_size: tiling.tile_size,
     };
-    let thumbnail = slide.thumbnail(THUMBNAIL_SIDE)?;
     let mut notes = Vec::new();
     if choice.is_enlarged() {
         notes.push(format!(
@@ -74,13 +68,15 @@ pub fn plan(slide: Slide, tiling: &TilingConfig) -> Result<SlidePlan, EngineErro
             pixel_size.x, tiling.target_mpp
         ));
     }
-    if !thumbnail.unreadable.is_empty() {
-        notes.push(format!("{} parts of the slide could not be decoded for the mask", thumbnail.unreadable.len()));
-    }
     let (all, tissue) = match &tiling.coords {
         Some(path) => (from_coords(path, &plane)?, None),
-        None => (grid(&plane, tiling)?, mask(&slide, &thumbnail, pixel_size, &tiling.tissue)?),
+        None => (grid(&plane, tiling)?, mask(&slide, pixel_size, &tiling.tissue)?),
     };
+    let unreadable = tissue.as_ref().map_or(0.0, |mask| mask.share(Cell::Unreadable));
+    if unreadable > 0.0 {
+        let percent = 100.0 * unreadable;
+        notes.push(format!("{percent:.1} % of the slide could not be decoded for the tissue mask: its tiles are tried"));
+    }
     let grid_tiles = all.len() as u64;
     let is_tissue = |position: &TilePosition| match &tissue {
         None => true,
@@ -99,7 +95,6 @@ pub fn plan(slide: Slide, tiling: &TilingConfig) -> Result<SlidePlan, EngineErro
         positions,
         grid_tiles,
         background_tiles,
-        thumbnail,
         tissue,
         notes,
     })
@@ -181,15 +176,14 @@ impl SlidePlan {
 
 fn mask(
     slide: &Slide,
-    thumbnail: &Thumbnail,
     pixel_size: PixelSize,
     source: &TissueSource,
 ) -> Result<Option<TissueMask>, EngineError> {
     Ok(match source {
         TissueSource::None => None,
-        TissueSource::Otsu => Some(TissueMask::detect(thumbnail, pixel_size)),
-        TissueSource::Png(path) => Some(TissueMask::from_png(path, slide.extent())?),
-        TissueSource::GeoJson(path) => Some(TissueMask::from_geojson(path, slide.extent())?),
+        TissueSource::Otsu => Some(TissueMask::detect(slide, &TissueOptions::new(pixel_size))?),
+        TissueSource::Png(path) => Some(TissueMask::from_image_file(path, slide.extent())?),
+        TissueSource::GeoJson(path) => Some(TissueMask::from_geojson_file(path, slide.extent())?),
     })
 }
 
