@@ -223,12 +223,13 @@ fn open_error(variant: &Variant, provider: Provider, source: ort::Error) -> Sess
 
 /// What ONNX Runtime, CUDA, cuDNN and the C++ library say when memory runs out.
 fn is_out_of_memory(message: &str) -> bool {
-    const SIGNS: [&str; 8] = [
+    const SIGNS: [&str; 9] = [
         "failed to allocate memory",
         "smaller than requested bytes",
         "out of memory",
         "cudaerrormemoryallocation",
         "alloc_failed",
+        "allocation_failed",
         "bad_alloc",
         "bad allocation",
         "outofmemory",
@@ -381,3 +382,6 @@ fn build(
     }
     builder.commit_from_file(&shared.variant.file)
 }
+
+#[cfg(test)]
+mod tests;
