@@ -7,5 +7,6 @@ pub mod onnx;
 pub mod output;
 pub mod pipeline;
 pub mod report;
+pub mod slide;
 pub mod stitch;
 pub mod tiff;

@@ -6,14 +6,28 @@
 
 mod atomic;
 mod feature_collection;
+mod features_h5;
+mod figure;
+mod mask;
+mod overlay;
+mod png;
 mod polygon;
 mod pyramid;
+mod region_geojson;
 mod tile_csv;
 mod tile_geojson;
 
 pub use atomic::{AtomicFile, Written, is_partial, write_atomic};
+pub use features_h5::{
+    Coords, FeatureFormat, FeaturesWriter, GridLevel, Profile, TileAttributes, nominal_magnification, read_coords_h5,
+    write_coords_h5,
+};
+pub use mask::{MaskLabel, MaskPicture, draw_mask};
+pub use overlay::{MapArea, Overlay, OverlayClass, Thumbnail, draw_overlay};
+pub use png::write_png;
 pub use polygon::{CellPolygon, CellRing, Cells};
 pub use pyramid::{MAX_TOP_SIDE, PyramidSpec, PyramidWriter, Reduce};
+pub use region_geojson::{RegionClass, RegionMap, RegionSummary, write_regions};
 pub use tile_csv::{CoordsProblem, TileCsvWriter, read_coords_csv};
 pub use tile_geojson::TileGeoJsonWriter;
 
@@ -71,6 +85,30 @@ pub enum OutputError {
         /// What is wrong with it.
         problem: CoordsProblem,
     },
+    /// The dataset `coords` has not two columns.
+    #[error("{}: `coords` has the shape {shape:?} instead of [tiles, 2]", path.display())]
+    CoordsShape {
+        /// The file.
+        path: PathBuf,
+        /// The shape found.
+        shape: Vec<usize>,
+    },
+    /// The HDF5 library refused a file or its content.
+    #[error("{}: HDF5", path.display())]
+    Hdf5 {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: rust_hdf5::Hdf5Error,
+    },
+    /// A picture can't be encoded.
+    #[error("{}: the picture can't be written", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: image::ImageError,
+    },
     /// A map's size and its rows don't agree, or can't be a map.
     #[error("{}: the map can't be written: {problem}", path.display())]
     Map {
@@ -98,6 +136,9 @@ impl OutputError {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Some("check the path"),
             Self::CoordsLine { .. } => {
                 Some("`coords` is a CSV file with the columns minx,miny,width,height in level-0 pixels")
+            }
+            Self::Hdf5 { .. } | Self::CoordsShape { .. } => {
+                Some("a coordinate file holds the dataset `coords`, [tiles, 2], as this tool, TRIDENT or CLAM write it")
             }
             _ => None,
         }

@@ -87,7 +87,7 @@ fn touched(origin: f64, size: f64, count: u32, from: f64, to: f64) -> (u32, u32)
     let edge = |index: u32| origin + f64::from(index) * size;
     let mut indices = (0..count).filter(|index| edge(*index) < to && edge(index + 1) > from);
     let Some(first) = indices.next() else { return (0, 0) };
-    (first, indices.last().unwrap_or(first) + 1)
+    (first, indices.next_back().unwrap_or(first) + 1)
 }
 
 /// The part of the raster that is looked at, in cells.

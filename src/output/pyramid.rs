@@ -480,7 +480,7 @@ mod tests {
             let mut state = seed;
             let pixels: Vec<u8> = (0..width * height).map(|index| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                if flat { (index / 40_000) as u8 } else { (state >> 24) as u8 }
+                if flat { (index / 40_000).to_le_bytes()[0] } else { state.to_be_bytes()[0] }
             }).collect();
             let levels = round_trip(&spec(width, height, reduce), &pixels, band);
             prop_assert_eq!(&levels[0], &((width, height), pixels));

@@ -1,0 +1,236 @@
+//! The whole slide as one small picture, in bounded memory.
+
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
+use image::RgbImage;
+
+use super::openslide::{Handle, Window, composite};
+use super::{LevelInfo, Slide, SlideError};
+use crate::geometry::{Level, Level0Rect};
+
+/// Pixels of a level decoded at a time along each axis, about: one row of the usual tiles, and few tiles cut.
+const CHUNK: (u32, u32) = (4096, 256);
+/// Side below which an unreadable part is not cut any further.
+const SMALLEST_PART: u32 = 512;
+/// Unreadable parts after which the slide is given up.
+const MAX_UNREADABLE: usize = 64;
+/// Block averaged at most; beyond it the rest is left to the filter.
+const MAX_BLOCK: u32 = 1024;
+
+/// The whole of level 0, made small.
+#[derive(Clone, Debug)]
+pub struct Thumbnail {
+    /// The picture.
+    pub image: RgbImage,
+    /// Level-0 pixels per pixel along x, exact.
+    pub scale_x: f64,
+    /// Level-0 pixels per pixel along y, exact.
+    pub scale_y: f64,
+    /// The level it was made from.
+    pub level: Level,
+    /// Parts that couldn't be decoded; they have the background colour.
+    pub unreadable: Vec<Level0Rect>,
+}
+
+impl Slide {
+    /// The whole slide with its longer side at most `max_side` pixels; never enlarged.
+    ///
+    /// Made from the coarsest level that is large enough, part by part: memory is bounded by the result, not by the
+    /// level, but a slide with only one level is decoded as a whole. Damaged parts are left out and listed.
+    ///
+    /// # Errors
+    /// [`SlideError`] if the file can't be opened any more or is damaged all over.
+    pub fn thumbnail(&self, max_side: u32) -> Result<Thumbnail, SlideError> {
+        let extent = self.extent();
+        let longest = extent.width.max(extent.height) as f64;
+        let shrink = (f64::from(max_side.max(1)) / longest).min(1.0);
+        let (width, height) = (pixels(extent.width, shrink), pixels(extent.height, shrink));
+        let large_enough = |info: &LevelInfo| info.width >= width && info.height >= height;
+        let chosen = (0..).map(Level).zip(&self.levels).filter(|(_, info)| large_enough(info)).last();
+        let (level, info) = chosen.map_or((Level(0), self.levels[0]), |(level, info)| (level, *info));
+        let mut source = Source { slide: self, level, info, handle: Handle::open(&self.path)?, unreadable: Vec::new() };
+        let block = ((info.width / width).min(MAX_BLOCK), (info.height / height).min(MAX_BLOCK));
+        let means = source.block_means(block)?;
+        let unreadable = source.unreadable;
+        // The last block of a row may be cut off by the slide's edge.
+        let covered = (f64::from(info.width) / f64::from(block.0), f64::from(info.height) / f64::from(block.1));
+        let image = shrink_to(means, covered, (width, height)).map_err(|source| SlideError::Resample {
+            path: self.path.clone(),
+            level,
+            source,
+        })?;
+        let (scale_x, scale_y) = (extent.width as f64 / f64::from(width), extent.height as f64 / f64::from(height));
+        Ok(Thumbnail { image, scale_x, scale_y, level, unreadable })
+    }
+}
+
+/// A level being read part by part.
+struct Source<'a> {
+    slide: &'a Slide,
+    level: Level,
+    info: LevelInfo,
+    handle: Handle,
+    unreadable: Vec<Level0Rect>,
+}
+
+/// A rectangle of the level.
+#[derive(Clone, Copy)]
+struct Part {
+    x: u32,
+    y: u32,
+    width: u32,
+    height: u32,
+}
+
+impl Source<'_> {
+    /// The level with every block of `block_x` by `block_y` pixels averaged; blocks at the edges may be smaller.
+    fn block_means(&mut self, (block_x, block_y): (u32, u32)) -> Result<RgbImage, SlideError> {
+        let (width, height) = (self.info.width, self.info.height);
+        let mut means = RgbImage::new(width.div_ceil(block_x), height.div_ceil(block_y));
+        let step_x = CHUNK.0.div_ceil(block_x) * block_x;
+        let step_y = CHUNK.1.div_ceil(block_y) * block_y;
+        let mut rgb = Vec::new();
+        // Down first: tiles cut by the lower edge of a part are still in OpenSlide's cache for the next one.
+        for x in (0..width).step_by(step_x as usize) {
+            for y in (0..height).step_by(step_y as usize) {
+                let part = Part { x, y, width: step_x.min(width - x), height: step_y.min(height - y) };
+                rgb.resize(part.width as usize * part.height as usize * 3, 0);
+                self.read(part, part, &mut rgb)?;
+                average(&rgb, part, (block_x, block_y), &mut means);
+            }
+        }
+        Ok(means)
+    }
+
+    /// Reads `part` into its place in `rgb`, which holds `whole`; what is damaged is narrowed down, filled and listed.
+    fn read(&mut self, part: Part, whole: Part, rgb: &mut [u8]) -> Result<(), SlideError> {
+        let downsample = self.info.openslide_downsample;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a level lies within level 0")]
+        let address = |position: u32| (f64::from(position) * downsample).round() as u32;
+        let (x, y) = (address(part.x), address(part.y));
+        let (width, height) = (part.width, part.height);
+        let bgra = match self.handle.read(Window { level: self.level, x, y, width, height, downsample }) {
+            Ok(bgra) => Some(bgra),
+            Err(error @ SlideError::Read { .. }) if self.unreadable.len() >= MAX_UNREADABLE => return Err(error),
+            Err(SlideError::Read { .. }) if width.max(height) > SMALLEST_PART => {
+                for half in part.halves() {
+                    self.read(half, whole, rgb)?;
+                }
+                return Ok(());
+            }
+            Err(SlideError::Read { region, .. }) => {
+                self.unreadable.push(region);
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        let row_len = width as usize * 3;
+        let rows = rgb.chunks_exact_mut(whole.width as usize * 3).skip((part.y - whole.y) as usize);
+        for (index, row) in rows.take(height as usize).enumerate() {
+            let row = &mut row[(part.x - whole.x) as usize * 3..][..row_len];
+            match &bgra {
+                Some(bgra) => composite(&bgra[index * width as usize * 4..], self.slide.background, row),
+                None => row.chunks_exact_mut(3).for_each(|pixel| pixel.copy_from_slice(&self.slide.background)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Part {
+    /// Both halves of the longer side.
+    fn halves(self) -> [Self; 2] {
+        if self.width >= self.height {
+            let width = self.width / 2;
+            [Self { width, ..self }, Self { x: self.x + width, width: self.width - width, ..self }]
+        } else {
+            let height = self.height / 2;
+            [Self { height, ..self }, Self { y: self.y + height, height: self.height - height, ..self }]
+        }
+    }
+}
+
+/// Averages the blocks of a part, which starts on a block, into their pixels of `means`.
+fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut RgbImage) {
+    let cols = part.width.div_ceil(block_x) as usize;
+    let mut sums = vec![[0u32; 3]; cols];
+    let rows: Vec<&[u8]> = rgb.chunks_exact(part.width as usize * 3).collect();
+    for (block_row, rows) in (part.y / block_y..).zip(rows.chunks(block_y as usize)) {
+        sums.fill([0; 3]);
+        for row in rows {
+            for (sum, block) in sums.iter_mut().zip(row.chunks(block_x as usize * 3)) {
+                for pixel in block.chunks_exact(3) {
+                    for channel in 0..3 {
+                        sum[channel] += u32::from(pixel[channel]);
+                    }
+                }
+            }
+        }
+        for (index, sum) in (0..).zip(&sums) {
+            let block_width = block_x.min(part.width - index * block_x);
+            let count = block_width * u32::try_from(rows.len()).unwrap_or(u32::MAX);
+            let mean = sum.map(|sum| u8::try_from((sum + count / 2) / count).unwrap_or(u8::MAX));
+            means.put_pixel(part.x / block_x + index, block_row, image::Rgb(mean));
+        }
+    }
+}
+
+/// Filters the last bit of the way, a factor between 1 and 2.
+fn shrink_to(means: RgbImage, covered: (f64, f64), (width, height): (u32, u32)) -> Result<RgbImage, ResizeError> {
+    if covered == (f64::from(width), f64::from(height)) {
+        return Ok(means);
+    }
+    let mismatch = |_| ResizeError::PixelTypesAreDifferent;
+    let source = ImageRef::new(means.width(), means.height(), &means, PixelType::U8x3).map_err(mismatch)?;
+    let mut small = RgbImage::new(width, height);
+    let mut target = Image::from_slice_u8(width, height, &mut small, PixelType::U8x3).map_err(mismatch)?;
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+    Resizer::new().resize(&source, &mut target, &options.crop(0.0, 0.0, covered.0, covered.1))?;
+    Ok(small)
+}
+
+fn pixels(level0: i64, shrink: f64) -> u32 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates; sizes are checked")]
+    let pixels = (level0 as f64 * shrink).round().max(1.0) as u32;
+    pixels
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slide::synthetic::{Encoding, SvsOptions, SyntheticSlide};
+
+    fn write(slide: &SyntheticSlide, options: SvsOptions) -> (tempfile::TempDir, Slide) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tif");
+        slide.write(&path, &SvsOptions { encoding: Encoding::Deflate, ..options }).unwrap();
+        let slide = Slide::open(&path).unwrap();
+        (folder, slide)
+    }
+
+    #[test]
+    fn thumbnails_show_the_same_from_any_level() {
+        let synthetic = SyntheticSlide::new(5003, 1201, 2);
+        let (_one_folder, one) = write(&synthetic, SvsOptions { downsamples: vec![1], ..SvsOptions::default() });
+        let (_three_folder, three) = write(&synthetic, SvsOptions::default());
+        let (from0, from1) = (one.thumbnail(1000).unwrap(), three.thumbnail(1000).unwrap());
+        assert_eq!((from0.level, from1.level), (Level(0), Level(1)));
+        assert_eq!(from0.image.dimensions(), (1000, 240));
+        assert_eq!((from0.scale_x, from0.scale_y), (5.003, 1201.0 / 240.0));
+        let sum: f64 = from0.image.iter().zip(from1.image.iter()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+        assert!(sum / (from0.image.len() as f64) < 2.0, "{}", sum / from0.image.len() as f64);
+        assert_eq!(one.thumbnail(1).unwrap().image.dimensions(), (1, 1));
+        assert_eq!(one.thumbnail(u32::MAX).unwrap().image.dimensions(), (5003, 1201));
+    }
+
+    #[test]
+    fn damaged_parts_are_left_out_and_listed() {
+        let options = SvsOptions { downsamples: vec![1], damaged_tiles: vec![(0, 3, 1)], ..SvsOptions::default() };
+        let (_folder, slide) = write(&SyntheticSlide::new(1500, 900, 2), options);
+        let thumbnail = slide.thumbnail(300).unwrap();
+        assert!(!thumbnail.unreadable.is_empty());
+        let damaged = Level0Rect { x: 768, y: 256, width: 256, height: 256 };
+        assert!(thumbnail.unreadable.iter().all(|part| part.intersection(damaged).is_some()));
+        assert_eq!(thumbnail.image.get_pixel(180, 76).0, [255; 3]);
+    }
+}
