@@ -190,8 +190,9 @@ impl SessionFactory {
     }
 }
 
-/// On the CPU: 8 tiles per batch were no faster than 1 (UNet and ViT-S, 2 cores), and small batches stay in the caches,
-/// finish sooner and let a model that quantises per batch see one tile at a time.
+/// On the CPU: batches of 2 to 16 were no faster than 1 (cells-unet, cells-vit, ViT-S and a UNet of base 32, on 2
+/// cores), and 16 tiles of cells-unet took 1 GB. A small batch also stays in the caches, ends sooner, and lets a model
+/// that quantises per batch see one tile at a time.
 const CPU_BATCH: usize = 1;
 
 /// The largest power of two up to `cap` whose tiles fit into half of the free memory: the arena may double when it
