@@ -1,6 +1,6 @@
 //! The model card: what a model expects and what its outputs mean.
 //!
-//! A card comes from `card.toml`, from WSInfer's `config.json` ([`super::wsinfer`]), or from a bare `.onnx` file and
+//! A card comes from `card.toml`, from WSInfer's `config.json`, or from a bare `.onnx` file and
 //! settings ([`BareModel`]). However it came, it has been checked: no value in it is out of range.
 //! [`ModelCard::check`] then holds it against the model's graph.
 
