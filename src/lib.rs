@@ -4,3 +4,4 @@ pub mod geometry;
 pub mod native;
 pub mod slide;
 pub mod tiff;
+pub mod tissue;
