@@ -13,6 +13,7 @@ mod icc;
 pub mod level;
 mod openslide;
 mod reader;
+mod resample;
 pub mod synthetic;
 mod thumbnail;
 

@@ -3,24 +3,17 @@
 //! A tile's pixels depend on where it lies and on nothing else: not on its neighbours, the order of reads or the cut of
 //! the plane. What lies outside the slide, and what is transparent in it, has the slide's background colour.
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
+use fast_image_resize::{ResizeError, Resizer};
 
 use super::icc::ToSrgb;
 use super::level::LevelChoice;
 use super::openslide::{Handle, Window, composite};
+use super::resample::{Crop, FILTER_REACH, resample};
 use super::{LevelInfo, Slide, SlideError};
 use crate::geometry::{Level, TilePosition};
 
 /// Pixels of a level that one tile may need: 256 MiB decoded.
 const MAX_WINDOW_PX: u64 = 1 << 26;
-
-/// Bicubic (a = -0.5), widened when it shrinks so that nothing aliases: what Pillow's `resize` does by default, hence
-/// what models have been trained on. Lanczos3 costs half as much again and rings at the edge of tissue and glass; a
-/// box or bilinear filter is cheaper but blurs at factors just above 1.
-const FILTER: FilterType = FilterType::CatmullRom;
-/// Reach of [`FILTER`] to each side in pixels, at a factor of 1.
-const FILTER_REACH: f64 = 2.0;
 
 /// How tiles are read, apart from the resolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,18 +240,14 @@ impl LevelReader {
             &self.padded
         };
         self.resized.resize(view.width as usize * view.height as usize * 4, 0);
-        let degenerate = |_| ResizeError::SrcCroppingError(fast_image_resize::CropBoxError::SizeIsOutOfImageBoundaries);
-        let source = ImageRef::new(width, height, source, PixelType::U8x4).map_err(degenerate)?;
-        let mut resized =
-            Image::from_slice_u8(view.width, view.height, &mut self.resized, PixelType::U8x4).map_err(degenerate)?;
-        // Colours are premultiplied already, so alpha needs no care of its own.
-        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FILTER)).use_alpha(false).crop(
-            view.left - span_x.start as f64 - part.shift_x,
-            view.top - span_y.start as f64 - part.shift_y,
-            f64::from(view.width) * view.factor_x,
-            f64::from(view.height) * view.factor_y,
-        );
-        self.resizer.resize(&source, &mut resized, &options)
+        let crop = Crop {
+            left: view.left - span_x.start as f64 - part.shift_x,
+            top: view.top - span_y.start as f64 - part.shift_y,
+            width: f64::from(view.width) * view.factor_x,
+            height: f64::from(view.height) * view.factor_y,
+        };
+        let target = (view.width, view.height, &mut self.resized[..]);
+        resample(&mut self.resizer, (width, height, source), crop, target)
     }
 
     /// Reads what of the range lies on the slide; `None` if nothing does. `address` is the level-0 position of the

@@ -176,12 +176,12 @@ impl SyntheticSlide {
                 || y.saturating_add(self.border) >= self.height)
     }
 
-    /// A zigzag stroke in the upper tenth of the slide, a thirtieth of its height thick.
+    /// A zigzag stroke in the upper tenth of the slide, a twentieth of its height thick.
     fn pen_at(&self, x: u32, y: u32) -> Option<Ink> {
         let ink = self.pen?;
         let (across, down) = (x as f32 / self.width as f32, y as f32 / self.height as f32);
         let zigzag = ((across * 6.0).fract() - 0.5).abs() * 0.08;
-        ((0.08..0.92).contains(&across) && (down - 0.07 - zigzag).abs() < 0.015).then_some(ink)
+        ((0.08..0.92).contains(&across) && (down - 0.07 - zigzag).abs() < 0.025).then_some(ink)
     }
 
     /// Value noise between 0 and 1 with features of `scale` pixels.

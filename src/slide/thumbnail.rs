@@ -1,10 +1,10 @@
 //! The whole slide as one small picture, in bounded memory.
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
-use image::RgbImage;
+use fast_image_resize::{ResizeError, Resizer};
+use image::{DynamicImage, RgbImage, Rgba, RgbaImage};
 
 use super::openslide::{Handle, Window, composite};
+use super::resample::{Crop, resample};
 use super::{LevelInfo, Slide, SlideError};
 use crate::geometry::{Level, Level0Rect};
 
@@ -84,9 +84,9 @@ struct Part {
 
 impl Source<'_> {
     /// The level with every block of `block_x` by `block_y` pixels averaged; blocks at the edges may be smaller.
-    fn block_means(&mut self, (block_x, block_y): (u32, u32)) -> Result<RgbImage, SlideError> {
+    fn block_means(&mut self, (block_x, block_y): (u32, u32)) -> Result<RgbaImage, SlideError> {
         let (width, height) = (self.info.width, self.info.height);
-        let mut means = RgbImage::new(width.div_ceil(block_x), height.div_ceil(block_y));
+        let mut means = RgbaImage::new(width.div_ceil(block_x), height.div_ceil(block_y));
         let step_x = CHUNK.0.div_ceil(block_x) * block_x;
         let step_y = CHUNK.1.div_ceil(block_y) * block_y;
         let mut rgb = Vec::new();
@@ -151,7 +151,7 @@ impl Part {
 }
 
 /// Averages the blocks of a part, which starts on a block, into their pixels of `means`.
-fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut RgbImage) {
+fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut RgbaImage) {
     let cols = part.width.div_ceil(block_x) as usize;
     let mut sums = vec![[0u32; 3]; cols];
     let rows: Vec<&[u8]> = rgb.chunks_exact(part.width as usize * 3).collect();
@@ -169,24 +169,22 @@ fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut R
         for (index, sum) in (0..).zip(&sums) {
             let block_width = block_x.min(part.width - index * block_x);
             let count = block_width * u32::try_from(rows.len()).unwrap_or(u32::MAX);
-            let mean = sum.map(|sum| u8::try_from((sum + count / 2) / count).unwrap_or(u8::MAX));
-            means.put_pixel(part.x / block_x + index, block_row, image::Rgb(mean));
+            let [red, green, blue] = sum.map(|sum| u8::try_from((sum + count / 2) / count).unwrap_or(u8::MAX));
+            means.put_pixel(part.x / block_x + index, block_row, Rgba([red, green, blue, u8::MAX]));
         }
     }
 }
 
 /// Filters the last bit of the way, a factor between 1 and 2.
-fn shrink_to(means: RgbImage, covered: (f64, f64), (width, height): (u32, u32)) -> Result<RgbImage, ResizeError> {
+fn shrink_to(means: RgbaImage, covered: (f64, f64), (width, height): (u32, u32)) -> Result<RgbImage, ResizeError> {
     if covered == (f64::from(width), f64::from(height)) {
-        return Ok(means);
+        return Ok(DynamicImage::from(means).into_rgb8());
     }
-    let mismatch = |_| ResizeError::PixelTypesAreDifferent;
-    let source = ImageRef::new(means.width(), means.height(), &means, PixelType::U8x3).map_err(mismatch)?;
-    let mut small = RgbImage::new(width, height);
-    let mut target = Image::from_slice_u8(width, height, &mut small, PixelType::U8x3).map_err(mismatch)?;
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new().resize(&source, &mut target, &options.crop(0.0, 0.0, covered.0, covered.1))?;
-    Ok(small)
+    let mut small = RgbaImage::new(width, height);
+    let crop = Crop { left: 0.0, top: 0.0, width: covered.0, height: covered.1 };
+    let source = (means.width(), means.height(), means.as_raw().as_slice());
+    resample(&mut Resizer::new(), source, crop, (width, height, &mut small))?;
+    Ok(DynamicImage::from(small).into_rgb8())
 }
 
 fn pixels(level0: i64, shrink: f64) -> u32 {
