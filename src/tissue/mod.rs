@@ -6,7 +6,6 @@
 //! inferring ([`TissueMask::select`]); it knows no model.
 
 mod detect;
-mod picture;
 mod user;
 
 use std::path::PathBuf;
