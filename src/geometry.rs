@@ -70,6 +70,55 @@ impl PixelSize {
     }
 }
 
+/// What neighbouring tiles share, as pixels or as a share of the tile's side.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Overlap {
+    /// Pixels of the tile plane.
+    Pixels(u32),
+    /// Percent of the tile's side, `0..100`.
+    Percent(f64),
+}
+
+/// Why a text is no overlap.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no overlap: give pixels such as 64px or a share of the tile such as 25%")]
+pub struct InvalidOverlap(pub String);
+
+impl Overlap {
+    /// The overlap in pixels of tiles with this side, rounded to the nearest.
+    #[must_use]
+    pub fn in_pixels(self, tile_size: u32) -> u32 {
+        match self {
+            Self::Pixels(pixels) => pixels,
+            Self::Percent(percent) => u32::try_from(round(f64::from(tile_size) * percent / 100.0)).unwrap_or(0),
+        }
+    }
+}
+
+impl FromStr for Overlap {
+    type Err = InvalidOverlap;
+
+    fn from_str(text: &str) -> Result<Self, InvalidOverlap> {
+        let text = text.trim();
+        let invalid = || InvalidOverlap(text.to_owned());
+        if let Some(percent) = text.strip_suffix('%') {
+            let percent: f64 = percent.trim().parse().map_err(|_| invalid())?;
+            return if (0.0..100.0).contains(&percent) { Ok(Self::Percent(percent)) } else { Err(invalid()) };
+        }
+        let pixels = text.strip_suffix("px").unwrap_or(text).trim();
+        pixels.parse().map(Self::Pixels).map_err(|_| invalid())
+    }
+}
+
+impl fmt::Display for Overlap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pixels(pixels) => write!(f, "{pixels}px"),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 /// Index into a slide's pyramid; 0 is the highest resolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Level(pub u32);
@@ -309,6 +358,16 @@ mod tests {
             assert!(bad.parse::<Mpp>().is_err(), "{bad:?}");
         }
         assert_eq!(" 0.499 ".parse::<Mpp>().unwrap().get(), 0.499);
+    }
+
+    #[test]
+    fn overlap_is_pixels_or_a_share() {
+        assert_eq!("64px".parse::<Overlap>().unwrap().in_pixels(256), 64);
+        assert_eq!("64".parse::<Overlap>().unwrap().in_pixels(256), 64);
+        assert_eq!("12.5%".parse::<Overlap>().unwrap().in_pixels(256), 32);
+        for bad in ["", "px", "-1px", "100%", "NaN%", "a quarter"] {
+            assert!(bad.parse::<Overlap>().is_err(), "{bad:?}");
+        }
     }
 
     #[test]

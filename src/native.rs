@@ -122,6 +122,9 @@ pub struct Paths {
 
 static PATHS: OnceLock<Paths> = OnceLock::new();
 
+// Dropping the environment would end the runtime, so it lives as long as the process.
+static ENVIRONMENT: OnceLock<ort::environment::Environment> = OnceLock::new();
+
 /// Names library files; has an effect only once, and only before the first library is loaded.
 pub fn set_paths(paths: Paths) {
     PATHS.get_or_init(|| paths);
@@ -148,8 +151,6 @@ pub fn openslide() -> Result<&'static Loaded, NativeError> {
 /// [`NativeError`] if none is found, or the one found can't be loaded or is older than 1.22.
 pub fn onnx_runtime() -> Result<&'static Loaded, NativeError> {
     static LOADED: OnceLock<Result<Loaded, NativeError>> = OnceLock::new();
-    // Dropping the environment would end the runtime, so it lives as long as the process.
-    static ENVIRONMENT: OnceLock<ort::environment::Environment> = OnceLock::new();
     let result = LOADED.get_or_init(|| {
         load(Library::OnnxRuntime, |path| {
             let builder = ort::init_from(path).map_err(|error| error.to_string())?;
@@ -159,6 +160,20 @@ pub fn onnx_runtime() -> Result<&'static Loaded, NativeError> {
         })
     });
     result.as_ref().map_err(Clone::clone)
+}
+
+/// The environment that every session of the process belongs to; loads ONNX Runtime first.
+///
+/// # Errors
+/// As [`onnx_runtime`].
+pub(crate) fn onnx_environment() -> Result<&'static ort::environment::Environment, NativeError> {
+    let loaded = onnx_runtime()?;
+    ENVIRONMENT.get().ok_or_else(|| NativeError {
+        library: Library::OnnxRuntime,
+        path: loaded.path.clone(),
+        origin: loaded.origin,
+        reason: "it has no environment".to_owned(),
+    })
 }
 
 /// The version as the library at `path` itself tells it.

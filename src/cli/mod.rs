@@ -1,0 +1,148 @@
+//! The command line: one file per subcommand, exit codes and messages in one place.
+//!
+//! stdout is for results, stderr for talk. Only this module knows flags, colours and exit codes.
+
+mod doctor;
+mod inspect;
+mod options;
+mod prepare;
+mod progress;
+mod run;
+mod tiles;
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use slidestream::engine::EngineError;
+use slidestream::native;
+
+/// Runs neural networks over whole-slide images, and tells exactly what was done
+#[derive(Parser, Debug)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// ONNX Runtime's library file [env: ORT_DYLIB_PATH]
+    #[arg(long, value_name = "FILE", global = true, help_heading = "Native libraries")]
+    onnxruntime_library: Option<PathBuf>,
+    /// OpenSlide's library file [env: OPENSLIDE_LIBRARY]
+    #[arg(long, value_name = "FILE", global = true, help_heading = "Native libraries")]
+    openslide_library: Option<PathBuf>,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run a model over slides: tile table, heatmaps, regions, overlay, features
+    Run(run::Args),
+    /// Write the coordinates of a slide's tissue tiles, without a model
+    Tiles(tiles::Args),
+    /// Show what a slide is and how a model would read it
+    Inspect(inspect::Args),
+    /// Check that this machine has what it takes
+    Doctor(doctor::Args),
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// Everything failed, or what all depends on did.
+    Failed,
+    /// Some slides or tiles failed.
+    Partly,
+    Interrupted,
+}
+
+impl Outcome {
+    /// How a command over `total` slides ended of which `failed` failed.
+    fn of(failed: usize, total: usize) -> Self {
+        match failed {
+            0 => Self::Done,
+            _ if failed == total => Self::Failed,
+            _ => Self::Partly,
+        }
+    }
+}
+
+impl From<Outcome> for ExitCode {
+    fn from(outcome: Outcome) -> Self {
+        Self::from(match outcome {
+            Outcome::Done => 0,
+            Outcome::Failed => 1,
+            Outcome::Partly => 3,
+            Outcome::Interrupted => 130,
+        })
+    }
+}
+
+/// Exit code of a wrong command line; the one that clap uses.
+const USAGE: u8 = 2;
+
+/// Why a command could not do its work, with how to put it right.
+#[derive(Debug)]
+struct Failure {
+    message: String,
+    hint: Option<String>,
+    code: u8,
+}
+
+impl Failure {
+    /// The command line or configuration is wrong.
+    fn usage(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, code: USAGE }
+    }
+}
+
+impl<E: Into<EngineError>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let error = error.into();
+        // What names the slides is typed on the command line.
+        let code = if matches!(error, EngineError::Input(_)) { USAGE } else { 1 };
+        Self { message: error.chain(), hint: error.hint(), code }
+    }
+}
+
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    native::set_paths(native::Paths { onnx_runtime: cli.onnxruntime_library, openslide: cli.openslide_library });
+    let outcome = match cli.command {
+        Command::Run(args) => run::execute(&args),
+        Command::Tiles(args) => tiles::execute(&args),
+        Command::Inspect(args) => inspect::execute(&args),
+        Command::Doctor(args) => doctor::execute(&args),
+    };
+    match outcome {
+        Ok(outcome) => outcome.into(),
+        Err(failure) => {
+            say(&format!("error: {}", failure.message));
+            if let Some(hint) = failure.hint {
+                say(&format!("help: {hint}"));
+            }
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// One line of talk, to stderr; a reader who has gone away is not an error.
+fn say(line: &str) {
+    writeln!(std::io::stderr(), "{line}").ok();
+}
+
+/// Results, to stdout; a reader who has gone away is not an error.
+fn show(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).ok();
+}
+
+/// Names and values in two columns.
+fn columns<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
+    let rows: Vec<(&str, String)> = rows.into_iter().collect();
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    rows.iter().fold(String::new(), |mut text, (name, value)| {
+        writeln!(text, "{name:width$}  {value}").ok();
+        text
+    })
+}

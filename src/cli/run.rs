@@ -1,0 +1,217 @@
+//! `slidestream run`: a model over slides.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use serde_json::json;
+use slidestream::engine::cohort::{self, CohortSummary, OutputFolder};
+use slidestream::engine::inputs;
+use slidestream::engine::plan;
+use slidestream::inference::{SessionFactory, StopHandle};
+use slidestream::pipeline::Cancel;
+use slidestream::report::{RunRecord, SlideRecord, Status};
+use slidestream::slide::Slide;
+
+use super::options::RunOptions;
+use super::prepare::Prepared;
+use super::progress::{Progress, Style};
+use super::{Failure, Outcome, show};
+
+/// Exit codes: 0 all done, 1 everything failed, 2 usage, 3 some slides or tiles failed, 130 interrupted
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    /// Slides, folders (searched recursively) and lists (.csv with the columns slide[,mpp][,mask][,id])
+    #[arg(required = true, value_name = "SLIDE|DIR|LIST.csv")]
+    slides: Vec<PathBuf>,
+    /// Model folder, card.toml, WSInfer config.json, or a bare .onnx
+    #[arg(long, short, value_name = "DIR|CARD|MODEL.onnx")]
+    model: PathBuf,
+    /// Where results go
+    #[arg(long, short, value_name = "DIR", default_value = "slidestream-out")]
+    out: PathBuf,
+    /// Options as a TOML file; flags win over it
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    options: RunOptions,
+    /// Show what would be done, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Say nothing but errors
+    #[arg(long)]
+    quiet: bool,
+    /// Progress as JSON lines on stderr
+    #[arg(long, conflicts_with = "quiet")]
+    log_json: bool,
+}
+
+pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
+    let options = match &args.config {
+        Some(path) => args.options.or_file(path)?,
+        None => args.options.clone(),
+    };
+    let mut slides = inputs::slides(&args.slides)?;
+    if let Some(path) = options.tiling.mpp_csv()? {
+        inputs::add_mpp(&mut slides, &path)?;
+    }
+    let mut prepared = Prepared::new(&args.model, &options)?;
+    if args.dry_run {
+        return dry_run(&slides, &prepared);
+    }
+    let cancel = Cancel::default();
+    let asked = cancel.clone();
+    let running: Vec<_> = prepared.factories.iter().map(SessionFactory::stop_handle).collect();
+    ctrlc::set_handler(move || {
+        // A second request does not wait for the pipeline to wind down.
+        if asked.is_cancelled() {
+            std::process::exit(130);
+        }
+        asked.cancel();
+        running.iter().for_each(StopHandle::stop);
+    })
+    .map_err(|error| Failure { message: format!("no handler for interrupts: {error}"), hint: None, code: 1 })?;
+
+    let folder = OutputFolder::lock(&args.out)?;
+    let mut run = prepared.run_record(&slides);
+    folder.write_run(&run)?;
+    let style = if args.quiet {
+        Style::Quiet
+    } else if args.log_json {
+        Style::Json
+    } else {
+        Style::People
+    };
+    let mut progress = Progress::new(style, slides.len(), &args.out)?;
+    progress.line(&format!("{}: {}", run.execution.device, run.execution.reason));
+    progress.record(json!({ "event": "run started", "command": run.command, "execution": run.execution }));
+    let summary = cohort::run(
+        &mut prepared.engine,
+        &slides,
+        &folder,
+        &prepared.model,
+        options.cohort(),
+        &cancel,
+        &mut |event| progress.observe(event),
+    );
+    progress.end();
+    let outcome = summary.as_ref().map_or(Outcome::Failed, |summary| outcome_of(summary, slides.len()));
+    run.execution.placement = prepared.placement();
+    finish_run(&mut run, summary.as_ref().ok(), outcome, slides.len());
+    folder.write_run(&run)?;
+    progress.record(json!({ "event": "run finished", "status": run.status.as_str(), "slides": run.slides }));
+    show(&summarise(&summary?, args, outcome));
+    Ok(outcome)
+}
+
+fn outcome_of(summary: &CohortSummary, slides: usize) -> Outcome {
+    let failed = summary.count(Status::Failed);
+    if summary.interrupted {
+        Outcome::Interrupted
+    } else if failed as usize == slides {
+        Outcome::Failed
+    } else if failed > 0 || summary.failed_tiles() > 0 || summary.slides.len() < slides {
+        Outcome::Partly
+    } else {
+        Outcome::Done
+    }
+}
+
+fn finish_run(run: &mut RunRecord, summary: Option<&CohortSummary>, outcome: Outcome, slides: usize) {
+    run.status = match outcome {
+        Outcome::Done => Status::Done,
+        Outcome::Interrupted => Status::Interrupted,
+        Outcome::Failed | Outcome::Partly => Status::Failed,
+    };
+    run.finished = Some(cohort::now());
+    let Some(summary) = summary else { return };
+    run.slides = [Status::Done, Status::Failed, Status::Skipped]
+        .into_iter()
+        .map(|status| (status.as_str().to_owned(), summary.count(status)))
+        .collect();
+    let left = slides - summary.slides.len();
+    run.slides.insert("not started".to_owned(), left as u64);
+}
+
+/// Plans every slide and shows what a run would do.
+fn dry_run(slides: &[inputs::SlideInput], prepared: &Prepared) -> Result<Outcome, Failure> {
+    let mut failed = 0;
+    let mut table = String::new();
+    for input in slides {
+        let tiling = input.tiling(&prepared.engine.config.tiling);
+        let planned = Slide::open(&input.path).map_err(Into::into).and_then(|slide| plan::plan(slide, &tiling));
+        match planned {
+            Ok(plan) => {
+                let tiles = plan.positions.len();
+                let effective = plan.choice.effective;
+                writeln!(
+                    table,
+                    "{}  {tiles} of {} tiles at {:.4} × {:.4} µm/px from level {}",
+                    input.id, plan.grid_tiles, effective.x.get(), effective.y.get(), plan.choice.level.0
+                )
+                .ok();
+            }
+            Err(error) => {
+                failed += 1;
+                let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
+                writeln!(table, "{}  error: {}{hint}", input.id, error.chain()).ok();
+            }
+        }
+    }
+    show(&table);
+    Ok(Outcome::of(failed, slides.len()))
+}
+
+/// What was found and where it lies.
+fn summarise(summary: &CohortSummary, args: &Args, outcome: Outcome) -> String {
+    let mut text = String::new();
+    if let [(status, record)] = &summary.slides[..] {
+        text.push_str(&summarise_slide(*status, record));
+    } else {
+        let count = |status| summary.count(status);
+        writeln!(
+            text,
+            "{} slides: {} done, {} failed, {} done before",
+            summary.slides.len(), count(Status::Done), count(Status::Failed), count(Status::Skipped)
+        )
+        .ok();
+        let done = || summary.slides.iter().filter(|(status, _)| *status == Status::Done).map(|(_, record)| record);
+        let tiles: u64 = done().filter_map(|record| record.coverage.as_ref()).map(|c| c.inferred).sum();
+        let seconds: f64 = done().filter_map(|record| record.timing.as_ref()).map(|t| t.seconds).sum();
+        if tiles > 0 {
+            writeln!(text, "{tiles} tiles in {seconds:.1} s, {:.1} tiles/s", tiles as f64 / seconds).ok();
+        }
+    }
+    if outcome == Outcome::Interrupted {
+        text.push_str("stopped on request: run the same command again to go on\n");
+    }
+    writeln!(text, "results in {}", args.out.display()).ok();
+    text
+}
+
+fn summarise_slide(status: Status, record: &SlideRecord) -> String {
+    let mut rows: Vec<(&str, String)> = vec![("slide", record.id.clone()), ("status", status.as_str().to_owned())];
+    if let Some(coverage) = &record.coverage {
+        let mut tiles = format!("{} of {} in the grid, {} background", coverage.inferred, coverage.grid, coverage.background);
+        if coverage.unsampled > 0 {
+            write!(tiles, ", {} not sampled", coverage.unsampled).ok();
+        }
+        if !coverage.failed.is_empty() {
+            write!(tiles, ", {} failed", coverage.failed.len()).ok();
+        }
+        rows.push(("tiles", tiles));
+    }
+    if let Some(timing) = &record.timing {
+        rows.push(("time", format!("{:.1} s, {:.1} tiles/s", timing.seconds, timing.tiles_per_sec)));
+        let stages: Vec<String> =
+            timing.stages.iter().skip(1).map(|stage| format!("{} {:.1} s", stage.name, stage.busy_secs)).collect();
+        rows.push(("busy", stages.join(", ")));
+        rows.push(("bottleneck", timing.bottleneck.clone()));
+    }
+    let shares: BTreeMap<_, _> = record.class_shares.iter().collect();
+    if !shares.is_empty() {
+        let shares: Vec<String> = shares.iter().map(|(name, share)| format!("{name} {:.1} %", 100.0 * **share)).collect();
+        rows.push(("classes", shares.join(", ")));
+    }
+    super::columns(rows)
+}

@@ -1,0 +1,450 @@
+//! Many slides, one account: locks the output folder, redoes only what is missing or was made differently, records every
+//! slide's state, and never lets one bad slide stop the others.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime};
+
+use sha2::{Digest, Sha256};
+
+use super::config::{InputDigests, RunConfig, TilingConfig, TissueSource};
+use super::inputs::SlideInput;
+use super::plan::{self, SlidePlan};
+use super::{Engine, EngineError, SlideRun, bottleneck};
+use crate::output;
+use crate::pipeline::Cancel;
+use crate::report::{
+    self, CoverageRecord, ReadingRecord, RunRecord, SLIDE_SCHEMA, SlideIdentity, SlideRecord, StageRecord, Status,
+    TimingRecord,
+};
+use crate::slide::Slide;
+
+/// Bytes of a slide file's head that tell it from another.
+const HEAD_BYTES: u64 = 1 << 20;
+
+/// How the cohort is run, apart from what is done with each slide.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CohortOptions {
+    /// Redo slides that are done.
+    pub force: bool,
+    /// Stop at the first slide that fails.
+    pub fail_fast: bool,
+}
+
+/// What happens, for whoever shows or logs it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// A slide is looked at.
+    SlideStarted {
+        /// The slide.
+        id: &'a str,
+        /// Its number, from 0.
+        index: usize,
+        /// Number of slides.
+        count: usize,
+    },
+    /// Its tiles are known.
+    SlidePlanned {
+        /// The slide.
+        id: &'a str,
+        /// What will be done.
+        plan: &'a SlidePlan,
+        /// Why it is redone, if it was done before.
+        redone_because: Option<&'a str>,
+    },
+    /// Tiles were done.
+    Progress {
+        /// Tiles so far.
+        tiles: u64,
+    },
+    /// The slide is done, failed or was skipped.
+    SlideFinished {
+        /// Its record.
+        record: &'a SlideRecord,
+        /// `Skipped` if the record is from an earlier run.
+        status: Status,
+    },
+}
+
+/// How a cohort ended.
+#[derive(Clone, Debug, Default)]
+pub struct CohortSummary {
+    /// The slides' records in their order, with what was done with each in this run.
+    pub slides: Vec<(Status, SlideRecord)>,
+    /// Whether someone asked to stop.
+    pub interrupted: bool,
+}
+
+impl CohortSummary {
+    /// Number of slides that ended so.
+    #[must_use]
+    pub fn count(&self, status: Status) -> u64 {
+        self.slides.iter().filter(|(of, _)| *of == status).count() as u64
+    }
+
+    /// Tiles without a result, over the slides done in this run or before.
+    #[must_use]
+    pub fn failed_tiles(&self) -> usize {
+        self.slides.iter().filter_map(|(_, record)| record.coverage.as_ref()).map(|tiles| tiles.failed.len()).sum()
+    }
+}
+
+/// The output folder, held by this process until dropped; a process that died holds nothing.
+#[derive(Debug)]
+pub struct OutputFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl OutputFolder {
+    /// Makes the folder if need be, locks it and removes what a killed run left half-written.
+    ///
+    /// # Errors
+    /// [`EngineError::Locked`] if another run holds it, [`EngineError::Output`] if it can't be written.
+    pub fn lock(path: &Path) -> Result<Self, EngineError> {
+        let cannot = |source| EngineError::Output(output::OutputError::Write { path: path.to_owned(), source });
+        fs::create_dir_all(path).map_err(cannot)?;
+        let lock_path = path.join(".lock");
+        let mut options = File::options();
+        let mut file = options.read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(cannot)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                file.read_to_string(&mut holder).ok();
+                let holder = Some(holder.trim().to_owned()).filter(|text| !text.is_empty());
+                return Err(EngineError::Locked { path: path.to_owned(), holder });
+            }
+            Err(TryLockError::Error(source)) => return Err(cannot(source)),
+        }
+        file.set_len(0).and_then(|()| file.rewind()).map_err(cannot)?;
+        writeln!(file, "process {}", std::process::id()).map_err(cannot)?;
+        for entry in walkdir::WalkDir::new(path).max_depth(2).into_iter().flatten() {
+            if entry.file_type().is_file() && output::is_partial(entry.path()) {
+                fs::remove_file(entry.path()).map_err(cannot)?;
+            }
+        }
+        Ok(Self { path: path.to_owned(), _lock: file })
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn record_path(&self, id: &str) -> PathBuf {
+        self.path.join("slides").join(format!("{id}.json"))
+    }
+
+    /// The slide's record from an earlier run; one that can't be read counts as none.
+    fn earlier(&self, id: &str) -> Option<SlideRecord> {
+        serde_json::from_slice(&fs::read(self.record_path(id)).ok()?).ok()
+    }
+
+    /// Removes an earlier run's record and then its files, so that nothing of it looks finished.
+    fn forget(&self, id: &str, earlier: &SlideRecord) -> Result<(), EngineError> {
+        let paths = earlier.outputs.iter().map(|output| self.path.join(&output.path));
+        for path in std::iter::once(self.record_path(id)).chain(paths) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(EngineError::Output(output::OutputError::Write { path, source: error }));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn missing_output(&self, record: &SlideRecord) -> Option<String> {
+        let is_there = |output: &&report::OutputRecord| {
+            fs::metadata(self.path.join(&output.path)).is_ok_and(|file| file.len() == output.bytes)
+        };
+        let missing = record.outputs.iter().find(|output| !is_there(output))?;
+        Some(format!("{} is missing or has another size", missing.path))
+    }
+
+    /// Writes the run's account.
+    ///
+    /// # Errors
+    /// [`EngineError::Output`].
+    pub fn write_run(&self, record: &RunRecord) -> Result<(), EngineError> {
+        output::write_atomic(&self.path.join("run.json"), &report::to_json(record))?;
+        Ok(())
+    }
+
+    fn write_process_list(&self, slides: &[(Status, SlideRecord)]) -> Result<(), EngineError> {
+        let path = self.path.join("process_list.csv");
+        let mut table = csv::Writer::from_writer(Vec::new());
+        let problem = |error: csv::Error| {
+            EngineError::Output(output::OutputError::Write { path: path.clone(), source: std::io::Error::other(error) })
+        };
+        table.write_record(["slide", "status", "tiles", "seconds", "tiles_per_s", "error"]).map_err(problem)?;
+        for (status, record) in slides {
+            let tiles = record.coverage.as_ref().map_or(0, |coverage| coverage.inferred);
+            let (seconds, rate) = record.timing.as_ref().map_or((0.0, 0.0), |t| (t.seconds, t.tiles_per_sec));
+            let error = record.error.clone().unwrap_or_default();
+            let row = [&record.id, status.as_str(), &tiles.to_string(), &format!("{seconds:.3}"), &format!("{rate:.2}")];
+            table.write_record(row.into_iter().chain([error.as_str()])).map_err(problem)?;
+        }
+        let bytes = table.into_inner().map_err(|error| problem(error.into_error().into()))?;
+        output::write_atomic(&path, &bytes)?;
+        Ok(())
+    }
+}
+
+/// Runs all slides; each one's record is written as soon as it ends.
+///
+/// # Errors
+/// Only what concerns all slides: the account can't be written. A slide's failure is in its record.
+pub fn run(
+    engine: &mut Engine,
+    slides: &[SlideInput],
+    folder: &OutputFolder,
+    model: &report::ModelRecord,
+    options: CohortOptions,
+    cancel: &Cancel,
+    observe: &mut dyn FnMut(&Event<'_>),
+) -> Result<CohortSummary, EngineError> {
+    let mut summary = CohortSummary::default();
+    for (index, input) in slides.iter().enumerate() {
+        observe(&Event::SlideStarted { id: &input.id, index, count: slides.len() });
+        let (status, record) = match one(engine, input, folder, model, options.force, cancel, observe) {
+            Ok(outcome) => outcome,
+            Err(SlideEnd::Interrupted) => {
+                summary.interrupted = true;
+                break;
+            }
+            Err(SlideEnd::Fatal(error)) => return Err(error),
+        };
+        observe(&Event::SlideFinished { record: &record, status });
+        summary.slides.push((status, record));
+        folder.write_process_list(&summary.slides)?;
+        if status == Status::Failed && options.fail_fast {
+            break;
+        }
+    }
+    Ok(summary)
+}
+
+/// Why a slide has no record.
+enum SlideEnd {
+    Interrupted,
+    Fatal(EngineError),
+}
+
+impl From<EngineError> for SlideEnd {
+    fn from(error: EngineError) -> Self {
+        Self::Fatal(error)
+    }
+}
+
+fn one(
+    engine: &mut Engine,
+    input: &SlideInput,
+    folder: &OutputFolder,
+    model: &report::ModelRecord,
+    force: bool,
+    cancel: &Cancel,
+    observe: &mut dyn FnMut(&Event<'_>),
+) -> Result<(Status, SlideRecord), SlideEnd> {
+    let start = Instant::now();
+    let config = RunConfig { tiling: input.tiling(&engine.config.tiling), ..engine.config.clone() };
+    let mut record = SlideRecord {
+        schema: SLIDE_SCHEMA.to_owned(),
+        id: input.id.clone(),
+        status: Status::Failed,
+        error: None,
+        hint: None,
+        finished: String::new(),
+        slide: identity(&input.path),
+        model: model.clone(),
+        settings: config.shaping_settings(&digests(&config)),
+        reading: None,
+        coverage: None,
+        class_shares: BTreeMap::new(),
+        timing: None,
+        notes: Vec::new(),
+        outputs: Vec::new(),
+    };
+    let earlier = folder.earlier(&input.id);
+    let mut reason = None;
+    if let Some(earlier) = earlier {
+        let changed = report::difference(&earlier, &with_status(&record, Status::Done));
+        reason = changed.or_else(|| folder.missing_output(&earlier));
+        if reason.is_none() && !force {
+            return Ok((Status::Skipped, earlier));
+        }
+        folder.forget(&input.id, &earlier)?;
+    }
+    match fill(engine, &mut record, input, &config.tiling, folder, reason.as_deref(), cancel, observe) {
+        Ok(()) => record.status = Status::Done,
+        Err(EngineError::Cancelled) => return Err(SlideEnd::Interrupted),
+        Err(error) => {
+            record.error = Some(error.chain());
+            record.hint = error.hint();
+        }
+    }
+    if let Some(timing) = &mut record.timing {
+        timing.seconds = start.elapsed().as_secs_f64();
+    }
+    record.finished = now();
+    output::write_atomic(&folder.record_path(&input.id), &report::to_json(&record)).map_err(EngineError::from)?;
+    Ok((record.status, record))
+}
+
+/// Does the slide's work and fills its record as far as it gets.
+fn fill(
+    engine: &mut Engine,
+    record: &mut SlideRecord,
+    input: &SlideInput,
+    tiling: &TilingConfig,
+    folder: &OutputFolder,
+    redone_because: Option<&str>,
+    cancel: &Cancel,
+    observe: &mut dyn FnMut(&Event<'_>),
+) -> Result<(), EngineError> {
+    let slide = Slide::open(&input.path)?;
+    let plan = plan::plan(slide, tiling)?;
+    if cancel.is_cancelled() {
+        return Err(EngineError::Cancelled);
+    }
+    observe(&Event::SlidePlanned { id: &input.id, plan: &plan, redone_because });
+    record.notes.clone_from(&plan.notes);
+    record.reading = Some(reading(&plan));
+    record.coverage = Some(CoverageRecord {
+        grid: plan.grid_tiles,
+        inferred: 0,
+        background: plan.background_tiles,
+        unsampled: plan.unsampled_tiles,
+        failed: Vec::new(),
+    });
+    let asked = engine.config.batch_size;
+    let mut progress = |tiles| observe(&Event::Progress { tiles });
+    let run = engine.run_slide(&input.id, &plan, folder.path(), cancel, &mut progress)?;
+    if run.batch_size != asked {
+        record.notes.push(format!("memory sufficed for batches of {} tiles, not {asked}", run.batch_size));
+    }
+    if let Some(reading) = &mut record.reading {
+        reading.icc = icc_word(engine.config.icc, run.converts_colours).to_owned();
+    }
+    if plan.positions.is_empty() {
+        record.notes.push("no tile has enough tissue: nothing was inferred".to_owned());
+    }
+    record.timing = Some(timing(&run));
+    if let Some(coverage) = &mut record.coverage {
+        coverage.inferred = run.results.inferred;
+        coverage.failed = run.results.failed;
+    }
+    record.class_shares = run.results.class_shares.into_iter().collect();
+    record.outputs = run.results.outputs;
+    Ok(())
+}
+
+fn icc_word(asked: bool, applied: bool) -> &'static str {
+    match (asked, applied) {
+        (false, _) => "not asked",
+        (true, true) => "applied",
+        (true, false) => "absent",
+    }
+}
+
+fn reading(plan: &SlidePlan) -> ReadingRecord {
+    let extent = plan.slide.extent();
+    let region = plan.plane.region;
+    let tile = plan.plane.level0_rect(plan.plane.position(0, 0));
+    let side = |length: i64| u64::try_from(length).unwrap_or(0);
+    ReadingRecord {
+        reader: "openslide".to_owned(),
+        vendor: plan.slide.vendor.clone(),
+        dimensions: [side(extent.width), side(extent.height)],
+        slide_mpp: [plan.pixel_size.x.get(), plan.pixel_size.y.get()],
+        requested_mpp: plan.choice.requested.get(),
+        effective_mpp: [plan.choice.effective.x.get(), plan.choice.effective.y.get()],
+        level: plan.choice.level.0,
+        resampled: plan.choice.resample.is_some(),
+        icc: "not asked".to_owned(),
+        region: [region.x, region.y, region.width, region.height],
+        tile_size: plan.plane.tile_size,
+        overlap: plan.overlap,
+        tile_size_level0: [tile.width, tile.height],
+    }
+}
+
+fn timing(run: &SlideRun) -> TimingRecord {
+    let seconds = run.duration.as_secs_f64();
+    let stage = |stage: &crate::pipeline::StageStats| StageRecord {
+        name: stage.name.to_owned(),
+        workers: stage.workers,
+        items: stage.items,
+        busy_secs: stage.busy.as_secs_f64(),
+        starved_secs: stage.starved.as_secs_f64(),
+        blocked_secs: stage.blocked.as_secs_f64(),
+    };
+    TimingRecord {
+        seconds,
+        pipeline_seconds: seconds,
+        tiles_per_sec: run.results.inferred as f64 / seconds.max(1e-9),
+        bottleneck: bottleneck(&run.stages, run.duration),
+        stages: run.stages.iter().map(stage).collect(),
+    }
+}
+
+fn with_status(record: &SlideRecord, status: Status) -> SlideRecord {
+    SlideRecord { status, ..record.clone() }
+}
+
+/// Hashes the mask and coordinates files of a run.
+#[must_use]
+pub fn digests(config: &RunConfig) -> InputDigests {
+    let tiling = &config.tiling;
+    let mask = match &tiling.tissue {
+        TissueSource::Png(path) | TissueSource::GeoJson(path) => Some(path),
+        TissueSource::Otsu | TissueSource::None => None,
+    };
+    InputDigests {
+        mask: mask.and_then(|path| head_sha256(path, u64::MAX)),
+        coords: tiling.coords.as_ref().and_then(|path| head_sha256(path, u64::MAX)),
+    }
+}
+
+/// What tells this slide file from another; empty where the file can't be read, which opening it will report.
+fn identity(path: &Path) -> SlideIdentity {
+    let metadata = fs::metadata(path).ok();
+    let modified = metadata.as_ref().and_then(|file| file.modified().ok());
+    SlideIdentity {
+        path: path.to_string_lossy().into_owned(),
+        bytes: metadata.map_or(0, |file| file.len()),
+        modified: modified.map(|time| humantime::format_rfc3339_nanos(time).to_string()).unwrap_or_default(),
+        head_sha256: head_sha256(path, HEAD_BYTES).unwrap_or_default(),
+    }
+}
+
+fn head_sha256(path: &Path, bytes: u64) -> Option<String> {
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut File::open(path).ok()?.take(bytes), &mut HashWriter(&mut hasher)).ok()?;
+    Some(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Feeds what is written into a hash.
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The time as records hold it: RFC 3339, UTC, whole seconds.
+#[must_use]
+pub fn now() -> String {
+    humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+}

@@ -1,0 +1,158 @@
+//! Why a run over a slide, or over all of them, fails.
+
+use std::path::PathBuf;
+
+use super::inputs::InputError;
+use crate::geometry::{GridError, Level0Rect, TilePosition};
+use crate::inference::{ModelError, SessionError};
+use crate::native::NativeError;
+use crate::output::OutputError;
+use crate::slide::SlideError;
+use crate::stitch::TooManyClasses;
+use crate::tissue::TissueError;
+
+/// What stopped a slide or a run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The slides of the run can't be told.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// A native library is missing.
+    #[error(transparent)]
+    Native(#[from] NativeError),
+    /// The model or its card is not usable.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The slide can't be read.
+    #[error(transparent)]
+    Slide(#[from] SlideError),
+    /// The mask can't be read.
+    #[error(transparent)]
+    Tissue(#[from] TissueError),
+    /// The slide can't be cut into tiles.
+    #[error(transparent)]
+    Grid(#[from] GridError),
+    /// The model failed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// Too many classes for a map.
+    #[error(transparent)]
+    Classes(#[from] TooManyClasses),
+    /// A file can't be written or read.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// The region shares no pixel with the slide.
+    #[error("{}: region {region:?} lies outside the slide, {extent:?}", path.display())]
+    RegionOutside {
+        /// The slide.
+        path: PathBuf,
+        /// What was asked for.
+        region: Level0Rect,
+        /// The slide's extent.
+        extent: Level0Rect,
+    },
+    /// A coordinates file was made for tiles of another size.
+    #[error(
+        "{}: its tiles cover {} × {} level-0 px, this model's {} × {}",
+        path.display(), found.0, found.1, expected.0, expected.1
+    )]
+    CoordsTileSize {
+        /// The coordinates file.
+        path: PathBuf,
+        /// Tile size in the file, level-0 px.
+        found: (i64, i64),
+        /// The model's tile size on this slide, level-0 px.
+        expected: (i64, i64),
+    },
+    /// A coordinates file was made for another slide.
+    #[error("{}: the tile at ({x}, {y}) lies outside the slide", path.display())]
+    CoordsOutside {
+        /// The coordinates file.
+        path: PathBuf,
+        /// Its tile, level-0 px.
+        x: i64,
+        /// Its tile, level-0 px.
+        y: i64,
+    },
+    /// The model's output has NaN or infinite values.
+    #[error("{count} values of the model's output for the tile at ({}, {}) are NaN or infinite", position.x, position.y)]
+    Nonfinite {
+        /// The tile.
+        position: TilePosition,
+        /// How many values.
+        count: usize,
+    },
+    /// The map has more pixels along a side than a TIFF can.
+    #[error("{}: the map at the model's resolution is too large for a TIFF", path.display())]
+    MapTooLarge {
+        /// The slide.
+        path: PathBuf,
+    },
+    /// Another run writes to the same folder.
+    #[error("{}: another run is writing to this folder{}", path.display(), holder.as_ref().map(|who| format!(" ({who})")).unwrap_or_default())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+        /// Who, as far as the lock says.
+        holder: Option<String>,
+    },
+    /// Someone asked to stop.
+    #[error("stopped on request")]
+    Cancelled,
+    /// A worker panicked.
+    #[error("stage {stage:?} panicked: {message}")]
+    Panicked {
+        /// The stage.
+        stage: &'static str,
+        /// What the panic said.
+        message: String,
+    },
+}
+
+impl EngineError {
+    /// How to put it right, in words that are settings and flags alike.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        let text = |hint: Option<&'static str>| hint.map(str::to_owned);
+        match self {
+            Self::Input(error) => text(error.hint()),
+            Self::Native(error) => Some(error.hint()),
+            Self::Model(error) => text(error.hint()),
+            Self::Slide(error) => error.hint(),
+            Self::Tissue(error) => error.hint(),
+            Self::Grid(_) => text(Some("lower `overlap` or choose a smaller `region`")),
+            Self::Session(error) => error.hint(),
+            Self::Classes(_) => text(Some("leave tiff, png and geojson out of `emit`")),
+            Self::Output(error) => text(error.hint()),
+            Self::RegionOutside { .. } => text(Some("`region` is X,Y,W,H in level-0 pixels")),
+            Self::CoordsTileSize { .. } => {
+                text(Some("make the coordinates with this model's tile size and resolution, or set `target_mpp`"))
+            }
+            Self::CoordsOutside { .. } => text(Some("`coords` must have been made from this slide")),
+            Self::Nonfinite { .. } => {
+                text(Some("try another `variant`, or leave such tiles out by `on_nonfinite` skip"))
+            }
+            Self::MapTooLarge { .. } => text(Some("choose a `region` or a coarser `target_mpp`")),
+            Self::Locked { .. } => text(Some("wait for it to end or choose another `out`")),
+            Self::Panicked { .. } => text(Some("this is a bug in slidestream: please report it with this message")),
+            Self::Cancelled => None,
+        }
+    }
+
+    /// The message with the messages of what caused it.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            let message = error.to_string();
+            // A transparent wrapper repeats its source.
+            if !text.ends_with(&message) {
+                text = format!("{text}: {message}");
+            }
+            cause = error.source();
+        }
+        text
+    }
+}

@@ -1,0 +1,283 @@
+//! One slide's results into its files: the end of the line of stages.
+//!
+//! Every file has a temporary name until [`SlideFiles::finish`]; a run that ends early leaves none of them.
+
+use std::path::{Path, PathBuf};
+
+use super::EngineError;
+use super::config::{Emit, RunConfig};
+use super::pictures;
+use super::plan::SlidePlan;
+use crate::geometry::{Level0Rect, PixelSize};
+use crate::inference::{ModelCard, Task};
+use crate::output::{
+    Cells, ClassStyle, FeatureFormat, FeaturesWriter, PyramidSpec, PyramidWriter, Reduce, RegionClass, RegionMap,
+    TileCsvWriter, TileGeoJsonWriter, Written, write_regions,
+};
+use crate::report::{FailedTile, OutputRecord};
+use crate::stitch::{Overview, OverviewBuilder, StitchSpec, Strip};
+
+/// Longest side of the map that pictures and regions are made from, in cells.
+const OVERVIEW_SIDE: usize = 4096;
+/// Side of a tile of the maps' TIFFs.
+const MAP_TILE: u32 = 512;
+/// Effort of the maps' compression: higher levels cost twice the time for 2 % of the size.
+const MAP_DEFLATE: u32 = 2;
+/// Regions smaller than this are dust: a tenth of a typical cell's area is 10 µm².
+const MIN_REGION_MM2: f64 = 100e-6;
+
+/// The files of one slide while they are being written.
+pub(super) struct SlideFiles<'a> {
+    target: Target<'a>,
+    csv: Option<TileCsvWriter>,
+    geojson: Option<TileGeoJsonWriter>,
+    features: Option<FeaturesWriter>,
+    maps: Option<Maps>,
+    inferred: u64,
+    failed: Vec<FailedTile>,
+}
+
+/// What the files are about.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) out: &'a Path,
+    pub(super) id: &'a str,
+    pub(super) plan: &'a SlidePlan,
+    pub(super) card: &'a ModelCard,
+    pub(super) config: &'a RunConfig,
+    /// `None` for features.
+    pub(super) stitch: Option<&'a StitchSpec>,
+}
+
+/// The stitched maps.
+struct Maps {
+    probabilities: Vec<PyramidWriter>,
+    classes: Option<PyramidWriter>,
+    overview: OverviewBuilder,
+}
+
+/// What was written of one slide.
+#[derive(Debug)]
+pub(crate) struct SlideResults {
+    pub(crate) outputs: Vec<OutputRecord>,
+    pub(crate) inferred: u64,
+    pub(crate) failed: Vec<FailedTile>,
+    /// Name and share of the classified area.
+    pub(crate) class_shares: Vec<(String, f64)>,
+}
+
+impl Target<'_> {
+    fn emits(&self, kind: Emit) -> bool {
+        self.config.emit.contains(&kind)
+    }
+
+    /// `OUT/FOLDER/ID.SUFFIX`.
+    pub(super) fn path(&self, folder: &str, suffix: &str) -> PathBuf {
+        self.out.join(folder).join(format!("{}.{suffix}", self.id))
+    }
+
+    fn class_names(&self) -> Vec<String> {
+        self.card.classes.iter().map(|class| class.name.clone()).collect()
+    }
+
+    pub(super) fn class_styles(&self) -> Vec<ClassStyle> {
+        let style = |class: &crate::inference::Class| ClassStyle { name: class.name.clone(), color: class.color };
+        self.card.classes.iter().map(style).collect()
+    }
+}
+
+impl<'a> SlideFiles<'a> {
+    /// Starts the files that are asked for.
+    pub(super) fn create(target: Target<'a>) -> Result<Self, EngineError> {
+        let names = target.class_names();
+        let csv = target
+            .emits(Emit::Csv)
+            .then(|| TileCsvWriter::create(&target.path("model-outputs-csv", "csv"), &names))
+            .transpose()?;
+        let geojson = target
+            .emits(Emit::GeoJson)
+            .then(|| TileGeoJsonWriter::create(&target.path("model-outputs-geojson", "geojson"), target.id, &names))
+            .transpose()?;
+        let maps = target.stitch.map(|spec| Maps::create(&target, spec)).transpose()?;
+        Ok(Self { target, csv, geojson, features: None, maps, inferred: 0, failed: Vec::new() })
+    }
+
+    /// Adds one tile: its class probabilities, or its features.
+    pub(super) fn tile(&mut self, rect: Level0Rect, values: &[f32]) -> Result<(), EngineError> {
+        self.inferred += 1;
+        let probabilities = if self.target.card.task == Task::Features { &[] } else { values };
+        if let Some(csv) = &mut self.csv {
+            csv.append(rect, probabilities)?;
+        }
+        if let Some(geojson) = &mut self.geojson {
+            geojson.append(rect, probabilities)?;
+        }
+        if self.target.card.task == Task::Features && self.target.emits(Emit::H5) {
+            let features = match &mut self.features {
+                Some(features) => features,
+                None => self.features.insert(self.target.features_writer(values.len())?),
+            };
+            features.append(&[(rect.x, rect.y)], values)?;
+        }
+        Ok(())
+    }
+
+    /// Notes a tile without a result.
+    pub(super) fn failed(&mut self, rect: Level0Rect, reason: String) {
+        self.failed.push(FailedTile { rect: [rect.x, rect.y, rect.width, rect.height], reason });
+    }
+
+    /// Adds finished rows of the maps.
+    pub(super) fn strip(&mut self, strip: &Strip) -> Result<(), EngineError> {
+        let Some(maps) = &mut self.maps else { return Ok(()) };
+        for (class, map) in maps.probabilities.iter_mut().enumerate() {
+            map.push_rows(strip.probabilities_of(class))?;
+        }
+        if let Some(classes) = &mut maps.classes {
+            classes.push_rows(&strip.classes)?;
+        }
+        maps.overview.add(strip);
+        Ok(())
+    }
+
+    /// Completes all files under their final names.
+    pub(super) fn finish(self) -> Result<SlideResults, EngineError> {
+        let Self { target, csv, geojson, mut features, maps, inferred, failed } = self;
+        let mut written = Vec::new();
+        if features.is_none() && target.card.task == Task::Features && target.emits(Emit::H5) {
+            // A slide without tissue has a file of no tiles; the width of a row is not known then.
+            features = Some(target.features_writer(1)?);
+        }
+        written.extend(csv.map(TileCsvWriter::finish).transpose()?);
+        written.extend(geojson.map(TileGeoJsonWriter::finish).transpose()?);
+        written.extend(features.map(FeaturesWriter::finish).transpose()?);
+        let mut class_shares = Vec::new();
+        if let Some(maps) = maps {
+            for map in maps.probabilities.into_iter().chain(maps.classes) {
+                written.push(map.finish()?);
+            }
+            let (overview, cells) = maps.overview.finish();
+            class_shares = shares(&target.class_names(), &cells);
+            if target.emits(Emit::GeoJson) {
+                written.push(target.write_regions(&overview)?);
+            }
+            if target.emits(Emit::Png) {
+                written.push(pictures::write_overlay(&target, &overview)?);
+            }
+        }
+        written.extend(pictures::write_masks(&target)?);
+        let outputs = written.into_iter().map(|file| target.record(&file)).collect();
+        Ok(SlideResults { outputs, inferred, failed, class_shares })
+    }
+}
+
+impl Target<'_> {
+    fn features_writer(&self, dimension: usize) -> Result<FeaturesWriter, EngineError> {
+        let path = self.path("features", "h5");
+        let attributes = self.plan.tile_attributes(self.id, path.parent().unwrap_or(self.out));
+        Ok(FeaturesWriter::create(&path, dimension, FeatureFormat::F32, attributes)?)
+    }
+
+    /// Regions whose class is sure enough: the most probable one, at or above the threshold.
+    fn write_regions(&self, overview: &Overview) -> Result<Written, EngineError> {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a threshold is 0..=1")]
+        let least = (self.config.threshold * 255.0).round() as u8;
+        let sure = |(index, class): (usize, &u8)| match usize::from(*class).checked_sub(1) {
+            Some(k) if k < overview.probabilities.len() && overview.probabilities[k][index] >= least => *class,
+            _ => 0,
+        };
+        let values: Vec<u8> = overview.classes.iter().enumerate().map(sure).collect();
+        let styles = self.class_styles();
+        let classes: Vec<RegionClass<'_>> = (1u8..)
+            .zip(&styles)
+            .filter(|(value, _)| self.card.background != Some(usize::from(*value) - 1))
+            .map(|(value, style)| RegionClass { value, style })
+            .collect();
+        let map = RegionMap {
+            slide_id: self.id,
+            cells: self.overview_cells(overview, &values),
+            bounds: self.plan.plane.region,
+            pixel_size: self.plan.pixel_size,
+            min_area_mm2: MIN_REGION_MM2,
+        };
+        Ok(write_regions(&self.path("regions", "geojson"), &map, &classes)?.0)
+    }
+
+    /// The overview's raster with other values, laid over the slide.
+    pub(super) fn overview_cells<'v>(&self, overview: &Overview, values: &'v [u8]) -> Cells<'v> {
+        let side = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Cells {
+            values,
+            width: side(overview.width),
+            height: side(overview.height),
+            origin_x: self.plan.plane.region.x as f64,
+            origin_y: self.plan.plane.region.y as f64,
+            cell_width: overview.cell_width,
+            cell_height: overview.cell_height,
+        }
+    }
+
+    fn record(&self, file: &Written) -> OutputRecord {
+        let path = file.path.strip_prefix(self.out).unwrap_or(&file.path);
+        OutputRecord {
+            path: path.to_string_lossy().into_owned(),
+            bytes: file.length_bytes,
+            sha256: file.sha256.clone(),
+        }
+    }
+}
+
+impl Maps {
+    fn create(target: &Target<'_>, spec: &StitchSpec) -> Result<Self, EngineError> {
+        let too_large = || EngineError::MapTooLarge { path: target.plan.slide.path.clone() };
+        let overview = OverviewBuilder::new(spec, OVERVIEW_SIDE).ok_or_else(too_large)?;
+        if !target.emits(Emit::Tiff) {
+            return Ok(Self { probabilities: Vec::new(), classes: None, overview });
+        }
+        let cell = f64::from(spec.cell);
+        let side = |pixels: u64| u32::try_from(pixels.div_ceil(u64::from(spec.cell))).ok();
+        let region = spec.plane.region;
+        let base = target.plan.pixel_size;
+        let description = |what: &str| format!("slidestream {what} of slide {} by model {}", target.id, target.card.name);
+        let pyramid = PyramidSpec {
+            width: side(spec.plane.width()).ok_or_else(too_large)?,
+            height: side(spec.plane.height()).ok_or_else(too_large)?,
+            tile_size: MAP_TILE,
+            pixel_size: spec.plane.pixel_size.scaled(cell, cell).unwrap_or(spec.plane.pixel_size),
+            origin_um: origin_um(region, base),
+            description: String::new(),
+            reduce: Reduce::Mean,
+            deflate_level: MAP_DEFLATE,
+        };
+        let mut probabilities = Vec::new();
+        for name in target.class_names() {
+            let description = description(&format!("probability (0-255) of class {name}"));
+            let path = target.path("heatmaps", &format!("{}.tif", file_name(&name)));
+            probabilities.push(PyramidWriter::create(&path, &PyramidSpec { description, ..pyramid.clone() })?);
+        }
+        let names = target.class_names().join(", ");
+        let description = description(&format!("class map (0 not inferred, then 1-based: {names})"));
+        let spec = PyramidSpec { description, reduce: Reduce::Mode, ..pyramid };
+        let classes = Some(PyramidWriter::create(&target.path("classes", "tif"), &spec)?);
+        Ok(Self { probabilities, classes, overview })
+    }
+}
+
+fn origin_um(region: Level0Rect, pixel_size: PixelSize) -> (f64, f64) {
+    (region.x as f64 * pixel_size.x.get(), region.y as f64 * pixel_size.y.get())
+}
+
+/// A class name as part of a file name.
+fn file_name(class: &str) -> String {
+    class.chars().map(|c| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '_' }).collect()
+}
+
+/// Each class's share of the classified cells; `no class` where nothing reached the threshold.
+fn shares(names: &[String], cells: &[u64]) -> Vec<(String, f64)> {
+    let total = cells.iter().sum::<u64>().max(1) as f64;
+    let names = names.iter().cloned().chain(["no class".to_owned()]);
+    let shares = names.zip(cells).map(|(name, count)| (name, *count as f64 / total));
+    let all: Vec<(String, f64)> = shares.collect();
+    let has_rest = cells.last().is_some_and(|count| *count > 0);
+    if has_rest { all } else { all[..all.len() - 1].to_vec() }
+}

@@ -1,0 +1,609 @@
+//! Tile results back onto the slide: blends overlapping tiles and hands out finished rows, band by band.
+//!
+//! The raster is made of square *cells* of `cell` plane pixels: 1 for a segmentation (a cell is a pixel), the stride
+//! for a classification (a cell is what a tile stands for). Tiles come in ascending `(y, x)`, so all rows above the
+//! next tile are final and leave as a [`Strip`]; only the rows that one tile row spans are held.
+//!
+//! Sums are integers: a probability is stored in steps of 1/4095 and multiplied by a weight of at most 4096, so 256
+//! tiles may cover a cell before 32 bits overflow, and the result does not depend on the order of addition.
+
+use ndarray::ArrayView3;
+
+use crate::geometry::{PixelSize, TilePlane, TilePosition};
+
+/// Steps between probability 0 and 1 in the sums.
+const PROBABILITY_STEPS: f32 = 4095.0;
+/// Greatest weight along one axis; the weight of a cell is the product of both.
+const AXIS_WEIGHT: u32 = 64;
+/// Rows of a strip: a band of 60,000 px with 4 classes then takes 19 MB.
+const STRIP_ROWS: usize = 64;
+
+/// What is stitched.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StitchSpec {
+    /// The plane that the tiles cut.
+    pub plane: TilePlane,
+    /// Plane pixels per side of a cell, at least 1.
+    pub cell: u32,
+    /// Number of classes, `1..=254` (a class map holds them in 8 bits).
+    pub class_count: usize,
+    /// Plane pixels that neighbouring tiles share; maps are blended over them.
+    pub overlap: u32,
+    /// Where classes exclude each other (softmax) `None`: the most probable one is a cell's class. Otherwise a cell
+    /// whose best class stays below this probability is of no class.
+    pub threshold: Option<f32>,
+}
+
+/// Why something can't be stitched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a class map holds 1 to 254 classes, not {0}")]
+pub struct TooManyClasses(pub usize);
+
+/// Finished rows of the map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Strip {
+    /// First row, in cells.
+    pub first_row: u64,
+    /// Number of rows.
+    pub row_count: usize,
+    /// Cells per row.
+    pub width: usize,
+    /// Probabilities `[class, row, column]`, 0..=255 for 0..=1; 0 where nothing was inferred.
+    pub probabilities: Vec<u8>,
+    /// Classes `[row, column]`: 0 not inferred, k + 1 class k, `class_count + 1` inferred but of no class.
+    pub classes: Vec<u8>,
+}
+
+impl Strip {
+    /// The probabilities of one class, `[row, column]`.
+    #[must_use]
+    pub fn probabilities_of(&self, class: usize) -> &[u8] {
+        let cells = self.row_count * self.width;
+        &self.probabilities[class * cells..(class + 1) * cells]
+    }
+}
+
+/// Blends tiles into rows.
+#[derive(Debug)]
+pub struct Stitcher {
+    spec: StitchSpec,
+    width: usize,
+    height: u64,
+    /// Ring of rows: cell row `r` lies in slot `r % rows.len()`.
+    rows: Vec<Row>,
+    /// First row that has not left.
+    first_row: u64,
+    /// Weights of a map's pixels along one axis.
+    window: Vec<u32>,
+    spare: Vec<Strip>,
+}
+
+/// Sums of one row of cells.
+#[derive(Clone, Debug)]
+struct Row {
+    /// `[class, column]`.
+    sums: Vec<u32>,
+    weights: Vec<u32>,
+    touched: bool,
+}
+
+impl Stitcher {
+    /// An empty map.
+    ///
+    /// # Errors
+    /// [`TooManyClasses`] if they don't fit a class map.
+    pub fn new(spec: StitchSpec) -> Result<Self, TooManyClasses> {
+        if spec.class_count == 0 || spec.class_count > 254 {
+            return Err(TooManyClasses(spec.class_count));
+        }
+        let (width, height) = map_size(&spec);
+        let span = spec.plane.tile_size.div_ceil(spec.cell) as usize + 1;
+        let row = Row { sums: Vec::new(), weights: Vec::new(), touched: false };
+        Ok(Self {
+            spec,
+            width,
+            height,
+            rows: vec![row; span],
+            first_row: 0,
+            window: blend_window(spec.plane.tile_size, spec.overlap),
+            spare: Vec::new(),
+        })
+    }
+
+    /// Cells per row.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn height(&self) -> u64 {
+        self.height
+    }
+
+    /// Takes back a strip that is no longer needed, to use its memory again.
+    pub fn recycle(&mut self, strip: Strip) {
+        self.spare.push(strip);
+    }
+
+    /// Places one tile's class probabilities (`[class]`, 0..=1) on the cells that it covers, by the area it covers.
+    ///
+    /// Tiles must come in ascending `(y, x)`; the rows above this tile leave through `emit`.
+    pub fn place_classes(&mut self, at: TilePosition, probabilities: &[f32], emit: impl FnMut(Strip)) {
+        self.advance(at.plane_y, emit);
+        let quantised: Vec<u32> = probabilities.iter().map(|p| quantise(*p)).collect();
+        let columns = self.cells_covered(at.plane_x, self.width as u64);
+        for (y, weight_y) in self.cells_covered(at.plane_y, self.height) {
+            let width = self.width;
+            let row = self.row_mut(y);
+            for &(x, weight_x) in &columns {
+                let weight = weight_x * weight_y;
+                #[expect(clippy::cast_possible_truncation, reason = "columns lie within the width, a usize")]
+                let x = x as usize;
+                row.weights[x] += weight;
+                for (class, value) in quantised.iter().enumerate() {
+                    row.sums[class * width + x] += weight * value;
+                }
+            }
+        }
+    }
+
+    /// Places one tile's map (`[class, tile, tile]`, 0..=1), blended with its neighbours by a smooth window.
+    ///
+    /// Tiles must come in ascending `(y, x)`; the rows above this tile leave through `emit`.
+    pub fn place_map(&mut self, at: TilePosition, map: ArrayView3<'_, f32>, emit: impl FnMut(Strip)) {
+        self.advance(at.plane_y, emit);
+        let size = i64::from(self.spec.plane.tile_size);
+        // The part of the tile inside the plane: the rest is padding.
+        let inside = |start: i64, extent: u64| {
+            let extent = i64::try_from(extent).unwrap_or(i64::MAX);
+            (-start).clamp(0, size)..(extent - start).clamp(0, size)
+        };
+        let columns = inside(at.plane_x, self.width as u64);
+        if columns.is_empty() {
+            return;
+        }
+        let width = self.width;
+        let index = |value: i64| usize::try_from(value).unwrap_or(0);
+        let (first, last) = (index(columns.start), index(columns.end));
+        let left = index(at.plane_x + columns.start);
+        for tile_row in inside(at.plane_y, self.height) {
+            let y = u64::try_from(at.plane_y + tile_row).unwrap_or(0);
+            let tile_row = index(tile_row);
+            let weight_y = self.window[tile_row];
+            let weights: Vec<u32> = self.window[first..last].iter().map(|weight| weight * weight_y).collect();
+            let row = self.row_mut(y);
+            for (sum, weight) in row.weights[left..].iter_mut().zip(&weights) {
+                *sum += weight;
+            }
+            for (class, plane) in map.outer_iter().enumerate() {
+                let values = plane.row(tile_row);
+                let sums = &mut row.sums[class * width + left..class * width + left + weights.len()];
+                for ((sum, weight), value) in sums.iter_mut().zip(&weights).zip(values.iter().skip(first)) {
+                    *sum += weight * quantise(*value);
+                }
+            }
+        }
+    }
+
+    /// Hands out all rows that are left.
+    pub fn finish(&mut self, mut emit: impl FnMut(Strip)) {
+        self.emit_until(self.height, &mut emit);
+    }
+
+    /// Hands out the rows that no tile at or below `plane_y` can touch.
+    fn advance(&mut self, plane_y: i64, mut emit: impl FnMut(Strip)) {
+        let row = u64::try_from(plane_y).unwrap_or(0) / u64::from(self.spec.cell);
+        self.emit_until(row.min(self.height), &mut emit);
+    }
+
+    fn emit_until(&mut self, end: u64, emit: &mut impl FnMut(Strip)) {
+        while self.first_row < end {
+            let count = usize::try_from(end - self.first_row).unwrap_or(STRIP_ROWS).min(STRIP_ROWS);
+            let strip = self.take_strip(count);
+            emit(strip);
+        }
+    }
+
+    fn take_strip(&mut self, row_count: usize) -> Strip {
+        let (width, class_count) = (self.width, self.spec.class_count);
+        let cells = row_count * width;
+        let mut strip = self.spare.pop().unwrap_or_default();
+        strip.first_row = self.first_row;
+        strip.row_count = row_count;
+        strip.width = width;
+        strip.probabilities.clear();
+        strip.probabilities.resize(cells * class_count, 0);
+        strip.classes.clear();
+        strip.classes.resize(cells, 0);
+        for index in 0..row_count {
+            let slot = self.slot(self.first_row);
+            let row = &mut self.rows[slot];
+            if row.touched {
+                let classes = &mut strip.classes[index * width..(index + 1) * width];
+                for class in 0..class_count {
+                    let start = class * cells + index * width;
+                    row.write_probabilities(class, &mut strip.probabilities[start..start + width]);
+                }
+                row.write_classes(class_count, self.spec.threshold, classes);
+                row.clear();
+            }
+            self.first_row += 1;
+        }
+        strip
+    }
+
+    fn slot(&self, row: u64) -> usize {
+        usize::try_from(row % self.rows.len() as u64).unwrap_or(0)
+    }
+
+    /// The row's sums; its memory is made on first use, so that rows without tissue cost nothing.
+    fn row_mut(&mut self, row: u64) -> &mut Row {
+        let slot = self.slot(row);
+        let (width, class_count) = (self.width, self.spec.class_count);
+        let row = &mut self.rows[slot];
+        if row.weights.is_empty() {
+            row.weights.resize(width, 0);
+            row.sums.resize(width * class_count, 0);
+        }
+        row.touched = true;
+        row
+    }
+
+    /// The cells that a tile starting at plane pixel `start` covers along one axis, with their weights (1..=64, by the
+    /// share of the cell that is covered).
+    fn cells_covered(&self, start: i64, extent: u64) -> Vec<(u64, u32)> {
+        let cell = i64::from(self.spec.cell);
+        let end = start + i64::from(self.spec.plane.tile_size);
+        let extent = i64::try_from(extent).unwrap_or(i64::MAX);
+        let cells = start.max(0) / cell..((end + cell - 1) / cell).clamp(0, extent);
+        cells
+            .map(|index| {
+                let covered = end.min((index + 1) * cell) - start.max(index * cell);
+                let weight = u32::try_from((covered * i64::from(AXIS_WEIGHT) + cell - 1) / cell).unwrap_or(1);
+                (u64::try_from(index).unwrap_or(0), weight.clamp(1, AXIS_WEIGHT))
+            })
+            .collect()
+    }
+}
+
+impl Row {
+    fn write_probabilities(&self, class: usize, out: &mut [u8]) {
+        let width = self.weights.len();
+        let sums = &self.sums[class * width..(class + 1) * width];
+        for ((out, sum), weight) in out.iter_mut().zip(sums).zip(&self.weights) {
+            // Both are whole numbers below 2^28; the quotient is at most 255.
+            let scaled = *sum as f32 * (255.0 / PROBABILITY_STEPS) / (*weight).max(1) as f32;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=255 by construction")]
+            let level = (scaled + 0.5) as u8;
+            *out = level;
+        }
+    }
+
+    fn write_classes(&self, class_count: usize, threshold: Option<f32>, out: &mut [u8]) {
+        let width = self.weights.len();
+        for (x, out) in out.iter_mut().enumerate() {
+            let weight = self.weights[x];
+            if weight == 0 {
+                continue;
+            }
+            let (mut best, mut best_sum) = (0, self.sums[x]);
+            for class in 1..class_count {
+                let sum = self.sums[class * width + x];
+                if sum > best_sum {
+                    (best, best_sum) = (class, sum);
+                }
+            }
+            let reached = threshold.is_none_or(|p| best_sum as f32 >= p * PROBABILITY_STEPS * weight as f32);
+            *out = u8::try_from(if reached { best } else { class_count }).map_or(u8::MAX, |class| class + 1);
+        }
+    }
+
+    fn clear(&mut self) {
+        self.sums.fill(0);
+        self.weights.fill(0);
+        self.touched = false;
+    }
+}
+
+/// Width and height of the map in cells.
+fn map_size(spec: &StitchSpec) -> (usize, u64) {
+    let cell = u64::from(spec.cell);
+    let width = spec.plane.width().div_ceil(cell);
+    (usize::try_from(width).unwrap_or(usize::MAX), spec.plane.height().div_ceil(cell))
+}
+
+/// A probability in whole steps; values outside 0..=1 are clamped, NaN is 0.
+fn quantise(probability: f32) -> u32 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the cast saturates, NaN becomes 0")]
+    let steps = (probability.min(1.0) * PROBABILITY_STEPS + 0.5) as u32;
+    steps
+}
+
+/// Weights along one axis of a tile: a raised cosine over the pixels shared with a neighbour, so that the weights of
+/// two neighbours add up to a constant and no seam shows; never 0, so that pixels at the slide's edge count.
+fn blend_window(tile_size: u32, overlap: u32) -> Vec<u32> {
+    let ramp = overlap.min(tile_size / 2);
+    let weight = |x: u32| {
+        let from_edge = x.min(tile_size - 1 - x);
+        if from_edge >= ramp {
+            return AXIS_WEIGHT;
+        }
+        let phase = (f64::from(from_edge) + 0.5) / f64::from(ramp) * std::f64::consts::PI;
+        let share = (1.0 - phase.cos()) / 2.0;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=64 by construction")]
+        let weight = (share * f64::from(AXIS_WEIGHT)).round() as u32;
+        weight.max(1)
+    };
+    (0..tile_size).map(weight).collect()
+}
+
+/// The whole map at a size that fits memory and a screen, made from the strips as they pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Overview {
+    /// Cells per row.
+    pub width: usize,
+    /// Number of rows.
+    pub height: usize,
+    /// Level-0 pixels per cell along x.
+    pub cell_width: f64,
+    /// Level-0 pixels per cell along y.
+    pub cell_height: f64,
+    /// Size of a cell in µm.
+    pub cell_size: PixelSize,
+    /// Mean probability over the inferred part of a cell, `[class][row, column]`, 0..=255.
+    pub probabilities: Vec<Vec<u8>>,
+    /// Classes `[row, column]` as in [`Strip::classes`]: the most probable one of what was inferred in the cell.
+    pub classes: Vec<u8>,
+}
+
+/// Builds an [`Overview`] and counts classes.
+#[derive(Debug)]
+pub struct OverviewBuilder {
+    overview: Overview,
+    factor: usize,
+    threshold: Option<f32>,
+    /// Sums of the row that is being filled, `[class, column]`, and how many cells they hold.
+    sums: Vec<u32>,
+    counts: Vec<u32>,
+    next_row: u64,
+    map_height: u64,
+    /// Number of map cells of each class; the last one counts those of no class.
+    class_cells: Vec<u64>,
+}
+
+impl OverviewBuilder {
+    /// An overview of at most `max_side` cells per side.
+    #[must_use]
+    pub fn new(spec: &StitchSpec, max_side: usize) -> Option<Self> {
+        let (map_width, map_height) = map_size(spec);
+        let longest = map_width.max(usize::try_from(map_height).ok()?);
+        let factor = longest.div_ceil(max_side.max(1)).max(1);
+        let (width, height) = (map_width.div_ceil(factor), usize::try_from(map_height).ok()?.div_ceil(factor));
+        let scale = f64::from(spec.cell) * factor as f64;
+        let overview = Overview {
+            width,
+            height,
+            cell_width: spec.plane.downsample_x * scale,
+            cell_height: spec.plane.downsample_y * scale,
+            cell_size: spec.plane.pixel_size.scaled(scale, scale)?,
+            probabilities: vec![Vec::with_capacity(width * height); spec.class_count],
+            classes: Vec::with_capacity(width * height),
+        };
+        Some(Self {
+            overview,
+            factor,
+            threshold: spec.threshold,
+            sums: vec![0; width * spec.class_count],
+            counts: vec![0; width],
+            next_row: 0,
+            map_height,
+            class_cells: vec![0; spec.class_count + 1],
+        })
+    }
+
+    /// Adds the next rows; strips must come from top to bottom without a gap.
+    pub fn add(&mut self, strip: &Strip) {
+        debug_assert_eq!(strip.first_row, self.next_row, "strips come in order");
+        for row in 0..strip.row_count {
+            let classes = &strip.classes[row * strip.width..(row + 1) * strip.width];
+            for (x, class) in classes.iter().enumerate().filter(|(_, class)| **class > 0) {
+                self.counts[x / self.factor] += 1;
+                self.class_cells[usize::from(*class) - 1] += 1;
+            }
+            for class in 0..self.overview.probabilities.len() {
+                let values = &strip.probabilities_of(class)[row * strip.width..(row + 1) * strip.width];
+                let sums = &mut self.sums[class * self.overview.width..];
+                for (cells, sum) in values.chunks(self.factor).zip(sums) {
+                    *sum += cells.iter().map(|value| u32::from(*value)).sum::<u32>();
+                }
+            }
+            self.next_row += 1;
+            if self.next_row.is_multiple_of(self.factor as u64) || self.next_row == self.map_height {
+                self.end_row();
+            }
+        }
+    }
+
+    fn end_row(&mut self) {
+        let (width, class_count) = (self.overview.width, self.overview.probabilities.len());
+        for x in 0..width {
+            let count = self.counts[x];
+            let (mut best, mut best_mean) = (class_count, 0);
+            for class in 0..class_count {
+                let sum = self.sums[class * width + x];
+                let mean = (sum + count / 2).checked_div(count).unwrap_or(0);
+                if best == class_count || mean > best_mean {
+                    (best, best_mean) = (class, mean);
+                }
+                self.overview.probabilities[class].push(u8::try_from(mean).unwrap_or(u8::MAX));
+            }
+            if self.threshold.is_some_and(|p| (best_mean as f32) < p * 255.0) {
+                best = class_count;
+            }
+            let class = u8::try_from(best).map_or(u8::MAX, |class| class + 1);
+            self.overview.classes.push(if count == 0 { 0 } else { class });
+        }
+        self.sums.fill(0);
+        self.counts.fill(0);
+    }
+
+    /// The overview, and the number of map cells of each class (the last number: inferred, but of no class).
+    #[must_use]
+    pub fn finish(self) -> (Overview, Vec<u64>) {
+        (self.overview, self.class_cells)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{Level0Rect, Mpp, TileGrid};
+    use ndarray::Array3;
+    use proptest::prelude::*;
+
+    fn plane(width: i64, height: i64, tile_size: u32) -> TilePlane {
+        TilePlane {
+            region: Level0Rect { x: 0, y: 0, width, height },
+            downsample_x: 1.0,
+            downsample_y: 1.0,
+            pixel_size: PixelSize::square(Mpp::new(0.5).unwrap()),
+            tile_size,
+        }
+    }
+
+    /// Stitches all tiles of a grid and puts the strips together.
+    fn stitch(
+        spec: StitchSpec,
+        grid: &TileGrid,
+        mut place: impl FnMut(&mut Stitcher, TilePosition, &mut dyn FnMut(Strip)),
+    ) -> (Vec<Vec<u8>>, Vec<u8>, Overview, Vec<u64>) {
+        let mut stitcher = Stitcher::new(spec).unwrap();
+        let mut overview = OverviewBuilder::new(&spec, 4).unwrap();
+        let (mut probabilities, mut classes) = (vec![Vec::new(); spec.class_count], Vec::new());
+        let mut emit = |strip: Strip| {
+            for (class, all) in probabilities.iter_mut().enumerate() {
+                all.extend_from_slice(strip.probabilities_of(class));
+            }
+            classes.extend_from_slice(&strip.classes);
+            overview.add(&strip);
+        };
+        for coord in grid.coords() {
+            place(&mut stitcher, grid.position(coord), &mut emit);
+        }
+        stitcher.finish(&mut emit);
+        let (overview, counts) = overview.finish();
+        (probabilities, classes, overview, counts)
+    }
+
+    #[test]
+    fn classes_land_in_their_cells() {
+        // 3 × 2 cells of 10 px, the last column cut; tile k has probability k/10 of class 0.
+        let plane = plane(25, 20, 10);
+        let grid = TileGrid::new(plane, 0).unwrap();
+        let spec = StitchSpec { plane, cell: 10, class_count: 2, overlap: 0, threshold: None };
+        let mut k = 0u8;
+        let (probabilities, classes, overview, counts) = stitch(spec, &grid, |stitcher, at, emit| {
+            let p = f32::from(k) / 10.0;
+            stitcher.place_classes(at, &[p, 1.0 - p], emit);
+            k += 2;
+        });
+        // 0, 0.2, 0.4, 0.6, 0.8, 1.0 in steps of 1/255
+        assert_eq!(probabilities[0], [0, 51, 102, 153, 204, 255]);
+        assert_eq!(probabilities[1], [255, 204, 153, 102, 51, 0]);
+        assert_eq!(classes, [2, 2, 2, 1, 1, 1]);
+        assert_eq!(counts, [3, 3, 0]);
+        assert_eq!((overview.width, overview.height, overview.classes), (3, 2, vec![2, 2, 2, 1, 1, 1]));
+    }
+
+    #[test]
+    fn overlapping_tiles_are_averaged_by_area() {
+        // Tiles of 10 px every 5: cell 1 (px 5..10) lies in tiles 0 and 1, cell 0 in tile 0 alone.
+        let plane = plane(15, 10, 10);
+        let grid = TileGrid::new(plane, 5).unwrap();
+        assert_eq!((grid.cols, grid.rows), (2, 1));
+        let spec = StitchSpec { plane, cell: 5, class_count: 1, overlap: 5, threshold: Some(0.5) };
+        let mut values = [1.0, 0.0].into_iter();
+        let (probabilities, classes, ..) = stitch(spec, &grid, |stitcher, at, emit| {
+            stitcher.place_classes(at, &[values.next().unwrap()], emit);
+        });
+        assert_eq!(probabilities[0], [255, 128, 0, 255, 128, 0]);
+        // 0.5 reaches the threshold of 0.5; below it a cell is of no class (class_count + 1).
+        assert_eq!(classes, [1, 1, 2, 1, 1, 2]);
+    }
+
+    #[test]
+    fn the_window_adds_up_to_a_constant_over_the_overlap() {
+        for (tile, overlap) in [(256u32, 64u32), (96, 24), (10, 5), (7, 0)] {
+            let window = blend_window(tile, overlap);
+            let stride = (tile - overlap) as usize;
+            for x in 0..overlap as usize {
+                let sum = window[stride + x] + window[x];
+                assert!((63..=66).contains(&sum), "tile {tile}, overlap {overlap}, pixel {x}: {sum}");
+            }
+            assert!(window.iter().all(|weight| (1..=AXIS_WEIGHT).contains(weight)));
+        }
+    }
+
+    #[test]
+    fn rows_without_tiles_are_not_inferred() {
+        let plane = plane(8, 300, 8);
+        let spec = StitchSpec { plane, cell: 1, class_count: 1, overlap: 0, threshold: None };
+        let mut stitcher = Stitcher::new(spec).unwrap();
+        let map = Array3::from_elem((1, 8, 8), 1.0);
+        let mut classes = Vec::new();
+        stitcher.place_map(plane.position(0, 200), map.view(), |strip| classes.extend(strip.classes));
+        stitcher.finish(|strip| classes.extend(strip.classes));
+        assert_eq!(classes.len(), 8 * 300);
+        let inferred: Vec<usize> = (0..300).filter(|row| classes[row * 8] == 1).collect();
+        assert_eq!(inferred, (200..208).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn class_count_is_checked() {
+        let spec = StitchSpec { plane: plane(8, 8, 8), cell: 1, class_count: 255, overlap: 0, threshold: None };
+        assert_eq!(Stitcher::new(spec).unwrap_err(), TooManyClasses(255));
+    }
+
+    proptest! {
+        /// Tiles that all say the same about a pixel leave it as it is, whatever the cut: no seam.
+        #[test]
+        fn a_map_cut_into_tiles_comes_back(
+            width in 1i64..90, height in 1i64..160, tile in 4u32..40, overlap_percent in 0u32..50, seed in 0u32..1000,
+        ) {
+            let plane = plane(width, height, tile);
+            let overlap = tile * overlap_percent / 100;
+            let grid = TileGrid::new(plane, overlap).unwrap();
+            let spec = StitchSpec { plane, cell: 1, class_count: 2, overlap, threshold: None };
+            let truth = |class: usize, y: i64, x: i64| {
+                let hash = (x * 31 + y * 17 + i64::from(seed)) % 101;
+                let p = hash as f32 / 100.0;
+                if class == 0 { p } else { 1.0 - p }
+            };
+            let (probabilities, classes, _, counts) = stitch(spec, &grid, |stitcher, at, emit| {
+                let side = tile as usize;
+                let map = Array3::from_shape_fn((2, side, side), |(class, y, x)| {
+                    let (y, x) = (at.plane_y + y as i64, at.plane_x + x as i64);
+                    // Padding says something else: it must not reach the map.
+                    if x < width && y < height { truth(class, y, x) } else { 0.123 }
+                });
+                stitcher.place_map(at, map.view(), emit);
+            });
+            prop_assert_eq!(counts.iter().sum::<u64>(), (width * height) as u64);
+            for y in 0..height {
+                for x in 0..width {
+                    let index = (y * width + x) as usize;
+                    for class in 0..2 {
+                        let expected = truth(class, y, x) * 255.0;
+                        prop_assert!((f32::from(probabilities[class][index]) - expected).abs() <= 0.6);
+                    }
+                    let p = truth(0, y, x);
+                    if (p - 0.5).abs() > 0.01 {
+                        prop_assert_eq!(classes[index], if p > 0.5 { 1 } else { 2 });
+                    }
+                }
+            }
+        }
+    }
+}
