@@ -7,6 +7,8 @@
 
 mod svs;
 
+use std::sync::LazyLock;
+
 pub use self::svs::{Encoding, MppField, SvsOptions};
 
 /// A synthetic slide's content.
@@ -72,7 +74,7 @@ impl SyntheticSlide {
     #[must_use]
     pub fn pixels(&self, x: u32, y: u32, width: u32, height: u32) -> Vec<u8> {
         let mut rgb = vec![0; width as usize * height as usize * 3];
-        let noise = self.noise_table();
+        let noise = &*GRAIN;
         let (end_x, end_y) = (x + width, y + height);
         for cell_y in y / CELL..end_y.div_ceil(CELL) {
             for cell_x in x / CELL..end_x.div_ceil(CELL) {
@@ -110,7 +112,7 @@ impl SyntheticSlide {
             ])
         };
         let field = corners(&|x, y| self.field(x * CELL, y * CELL));
-        let hash = hash(self.seed, cell_x, cell_y);
+        let hash = hash_of(self.seed, cell_x, cell_y);
         let texture = corners(&|x, y| unit(hash_of(self.seed ^ 0x7ec5, x, y)));
         let [offset_x, offset_y, size, shade] =
             [hash, hash >> 8, hash >> 16, hash >> 24].map(|bits| (bits & 0xff) as f32 / 255.0);
@@ -196,15 +198,6 @@ impl SyntheticSlide {
         let lower = value(0, 1) + (value(1, 1) - value(0, 1)) * right;
         upper + (lower - upper) * down
     }
-
-    fn noise_table(&self) -> Vec<i8> {
-        let grain = |index: usize| {
-            let hash = hash_of(self.seed ^ 0x6ea1, u32::try_from(index).unwrap_or(0), 0);
-            // The mean of two is nearly triangular: -3 to 3, mostly 0.
-            i8::try_from((hash % 4 + (hash >> 8) % 4) as i64 - 3).unwrap_or(0)
-        };
-        (0..NOISE * NOISE).map(grain).collect()
-    }
 }
 
 impl Ink {
@@ -277,13 +270,19 @@ fn clamp(value: f32) -> u8 {
     value
 }
 
+/// The camera's noise, for all slides the same: each cell of a slide starts elsewhere in it.
+static GRAIN: LazyLock<Vec<i8>> = LazyLock::new(|| {
+    let grain = |index: u32| {
+        let hash = hash_of(0x6ea1, index, 0);
+        // The sum of two is nearly triangular: -3 to 3, mostly 0.
+        i8::try_from(hash % 4 + (hash >> 8) % 4).unwrap_or(3) - 3
+    };
+    (0..).take(NOISE * NOISE).map(grain).collect()
+});
+
 /// Between 0 and 1, from the low bits.
 fn unit(hash: u64) -> f32 {
     (hash & 0xffff) as f32 / 65535.0
-}
-
-fn hash(seed: u64, x: u32, y: u32) -> u64 {
-    hash_of(seed, x, y)
 }
 
 /// SplitMix64's finaliser over seed and position.

@@ -21,8 +21,8 @@ use crate::slide::{Slide, Thumbnail};
 const CELL_UM: f64 = 8.0;
 /// Longest side of the mask in cells; 33 mm at the wanted size.
 const MAX_SIDE: u32 = 4096;
-/// Bounds of the threshold on chroma: camera noise and compression stay below 8, the palest eosin reaches 30.
-const CHROMA_THRESHOLD: (u8, u8) = (12, 26);
+/// Bounds of the threshold on chroma: camera noise and compression stay below 8, pale keratin reaches 20.
+const CHROMA_THRESHOLD: (u8, u8) = (12, 20);
 /// Chroma of faint tissue beside clear tissue, at least.
 const FAINT_CHROMA: u8 = 7;
 /// Gaps closed: half of a large fat cell.
