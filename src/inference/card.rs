@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::device::Provider;
 use super::error::ModelError;
 use super::{bare, wsinfer};
-use crate::geometry::Mpp;
+use crate::geometry::{Mpp, Overlap};
 use crate::onnx::Model;
 
 /// The version of the card's schema that is read.
@@ -122,47 +122,6 @@ impl FromStr for Pool {
             .into_iter()
             .find(|pool| pool.to_string() == text)
             .ok_or_else(|| format!("{text:?} is none of cls, mean, cls+mean"))
-    }
-}
-
-/// How far neighbouring tiles overlap, as it is written: `64px` or `25%`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Overlap {
-    /// Pixels at the model's resolution.
-    Px(u32),
-    /// Percent of the tile's side, 0 to below 100.
-    Percent(f64),
-}
-
-impl Overlap {
-    /// The overlap in pixels of a tile; `None` unless it is smaller than the tile.
-    #[must_use]
-    pub fn px(self, tile_size: u32) -> Option<u32> {
-        let px = match self {
-            Self::Px(px) => px,
-            Self::Percent(percent) => {
-                let px = f64::from(tile_size) * percent / 100.0;
-                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to the tile's size")]
-                let px = px.round() as u32;
-                px
-            }
-        };
-        (px < tile_size).then_some(px)
-    }
-}
-
-impl FromStr for Overlap {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let px = |number: &str| number.trim().parse().ok().map(Self::Px);
-        let percent = |number: &str| number.trim().parse().ok().filter(|p| (0.0..100.0).contains(p)).map(Self::Percent);
-        match (text.strip_suffix("px"), text.strip_suffix('%')) {
-            (Some(number), _) => px(number),
-            (_, Some(number)) => percent(number),
-            _ => (text.trim() == "0").then_some(Self::Px(0)),
-        }
-        .ok_or_else(|| format!("{text:?} is no overlap such as 64px or 25%"))
     }
 }
 
@@ -544,12 +503,11 @@ fn from_toml(text: &str, path: &Path) -> Result<ModelCard, ModelError> {
     debug_assert_eq!(file.schema, SCHEMA);
 
     let mpp = Mpp::new(file.mpp).map_err(|error| value("mpp", format!("is {error}")))?;
+    // One that is no smaller than the tile is reported with the other values, below.
     let overlap = match &file.overlap {
         Some(text) => {
             let overlap: Overlap = text.parse().map_err(|error| value("overlap", format!("is wrong: {error}")))?;
-            let too_large = || value("overlap", format!("is {text}, not less than the tile's {}", file.tile_size));
-            // A tile of 0 pixels is reported as such, below.
-            if file.tile_size == 0 { 0 } else { overlap.px(file.tile_size).ok_or_else(too_large)? }
+            overlap.in_pixels(file.tile_size)
         }
         None => 0,
     };
@@ -695,8 +653,7 @@ dice = 0.8
             ("std = [0.5, 0.5, 0.5]", "std = [0.5, 0.0, 0.5]", "`std` is"),
             ("std = [0.5, 0.5, 0.5]", "std = [0.5, nan, 0.5]", "`std` is"),
             ("mean = [0.5, 0.5, 0.5]", "mean = [0.5, 0.5]", "invalid length 2"),
-            ("\"25%\"", "\"256px\"", "`overlap` is 256px, not less than the tile's 256"),
-            ("\"25%\"", "\"64\"", "\"64\" is no overlap such as 64px or 25%"),
+            ("\"25%\"", "\"256px\"", "`overlap` is 256 px, not less than the tile's 256"),
             ("\"25%\"", "\"100%\"", "is no overlap"),
             ("\"softmax\"", "\"tanh\"", "unknown variant `tanh`"),
             ("activation = \"softmax\"", "", "`activation` is missing"),
@@ -733,15 +690,6 @@ dice = 0.8
     fn an_unknown_variant_lists_those_there_are() {
         let error = parse(CARD).unwrap().variant("int8").unwrap_err();
         assert_eq!(error.to_string(), "m/card.toml: has no variant \"int8\"; it has fp32");
-    }
-
-    #[test]
-    fn overlaps_are_read_in_pixels_and_percent() {
-        let cases = [("0", Some(0)), ("64px", Some(64)), ("12.5%", Some(32)), ("255px", Some(255)), ("300px", None)];
-        for (text, px) in cases {
-            assert_eq!(text.parse::<Overlap>().unwrap().px(256), px, "{text}");
-        }
-        assert!("-5%".parse::<Overlap>().is_err());
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod wsinfer;
 use ndarray::{Array2, Array4};
 
 pub use self::ort::{OrtSession, SessionFactory, SessionOptions, StopHandle};
-pub use card::{Activation, BareModel, Class, ModelCard, Overlap, Pool, Task, Variant};
+pub use card::{Activation, BareModel, Class, ModelCard, Pool, Task, Variant};
 pub use contract::{Contract, Layout};
 pub use device::{Device, DeviceRequest, Provider, ProviderRequest};
 pub use error::{ModelError, SessionError};
