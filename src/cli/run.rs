@@ -6,17 +6,17 @@ use std::path::PathBuf;
 
 use serde_json::json;
 use slidestream::engine::cohort::{self, CohortSummary, OutputFolder};
-use slidestream::engine::inputs;
-use slidestream::engine::plan;
-use slidestream::inference::{SessionFactory, StopHandle};
+use slidestream::engine::config::TilingConfig;
+use slidestream::engine::inputs::{self, SlideInput};
+use slidestream::engine::{EngineError, plan};
+use slidestream::inference::{ModelCard, StopHandle};
 use slidestream::pipeline::Cancel;
 use slidestream::report::{RunRecord, SlideRecord, Status};
 use slidestream::slide::Slide;
 
 use super::options::RunOptions;
-use super::prepare::Prepared;
 use super::progress::{Progress, Style};
-use super::{Failure, Outcome, show};
+use super::{Failure, Outcome, prepare, show};
 
 /// Exit codes: 0 all done, 1 everything failed, 2 usage, 3 some slides or tiles failed, 130 interrupted
 #[derive(clap::Args, Debug)]
@@ -55,13 +55,14 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     if let Some(path) = options.tiling.mpp_csv()? {
         inputs::add_mpp(&mut slides, &path)?;
     }
-    let mut prepared = Prepared::new(&args.model, &options)?;
     if args.dry_run {
-        return dry_run(&slides, &prepared);
+        let card = ModelCard::load(&args.model, &options.bare_model()?)?;
+        return Ok(dry_run(&slides, &prepare::config(&card, &options)?.tiling));
     }
+    let mut engine = prepare::engine(&args.model, &options)?;
     let cancel = Cancel::default();
     let asked = cancel.clone();
-    let running: Vec<_> = prepared.factories.iter().map(SessionFactory::stop_handle).collect();
+    let running = engine.stop_handles();
     ctrlc::set_handler(move || {
         // A second request does not wait for the pipeline to wind down.
         if asked.is_cancelled() {
@@ -73,7 +74,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     .map_err(|error| Failure { message: format!("no handler for interrupts: {error}"), hint: None, code: 1 })?;
 
     let folder = OutputFolder::lock(&args.out)?;
-    let mut run = prepared.run_record(&slides);
+    let mut run = prepare::run_record(&engine, &slides);
     folder.write_run(&run)?;
     let style = if args.quiet {
         Style::Quiet
@@ -86,17 +87,16 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     progress.line(&format!("{}: {}", run.execution.device, run.execution.reason));
     progress.record(json!({ "event": "run started", "command": run.command, "execution": run.execution }));
     let summary = cohort::run(
-        &mut prepared.engine,
+        &mut engine,
         &slides,
         &folder,
-        &prepared.model,
         options.cohort(),
         &cancel,
         &mut |event| progress.observe(event),
     );
     progress.end();
     let outcome = summary.as_ref().map_or(Outcome::Failed, |summary| outcome_of(summary, slides.len()));
-    run.execution.placement = prepared.placement();
+    run.execution = engine.execution();
     finish_run(&mut run, summary.as_ref().ok(), outcome, slides.len());
     folder.write_run(&run)?;
     progress.record(json!({ "event": "run finished", "status": run.status.as_str(), "slides": run.slides }));
@@ -134,12 +134,12 @@ fn finish_run(run: &mut RunRecord, summary: Option<&CohortSummary>, outcome: Out
 }
 
 /// Plans every slide and shows what a run would do.
-fn dry_run(slides: &[inputs::SlideInput], prepared: &Prepared) -> Result<Outcome, Failure> {
+fn dry_run(slides: &[SlideInput], tiling: &TilingConfig) -> Outcome {
     let mut failed = 0;
     let mut table = String::new();
     for input in slides {
-        let tiling = input.tiling(&prepared.engine.config.tiling);
-        let planned = Slide::open(&input.path).map_err(Into::into).and_then(|slide| plan::plan(slide, &tiling));
+        let tiling = input.tiling(tiling);
+        let planned = Slide::open(&input.path).map_err(EngineError::from).and_then(|slide| plan::plan(slide, &tiling));
         match planned {
             Ok(plan) => {
                 let tiles = plan.positions.len();
@@ -159,7 +159,7 @@ fn dry_run(slides: &[inputs::SlideInput], prepared: &Prepared) -> Result<Outcome
         }
     }
     show(&table);
-    Ok(Outcome::of(failed, slides.len()))
+    Outcome::of(failed, slides.len())
 }
 
 /// What was found and where it lies.

@@ -196,6 +196,14 @@ impl OutputFolder {
     }
 }
 
+impl Engine {
+    /// Everything that shapes the results, by the names of the settings.
+    #[must_use]
+    pub fn shaping_settings(&self) -> serde_json::Map<String, serde_json::Value> {
+        self.config.shaping_settings(&digests(&self.config))
+    }
+}
+
 /// Runs all slides; each one's record is written as soon as it ends.
 ///
 /// # Errors
@@ -204,7 +212,6 @@ pub fn run(
     engine: &mut Engine,
     slides: &[SlideInput],
     folder: &OutputFolder,
-    model: &report::ModelRecord,
     options: CohortOptions,
     cancel: &Cancel,
     observe: &mut dyn FnMut(&Event<'_>),
@@ -212,7 +219,7 @@ pub fn run(
     let mut summary = CohortSummary::default();
     for (index, input) in slides.iter().enumerate() {
         observe(&Event::SlideStarted { id: &input.id, index, count: slides.len() });
-        let (status, record) = match one(engine, input, folder, model, options.force, cancel, observe) {
+        let (status, record) = match one(engine, input, folder, options.force, cancel, observe) {
             Ok(outcome) => outcome,
             Err(SlideEnd::Interrupted) => {
                 summary.interrupted = true;
@@ -246,7 +253,6 @@ fn one(
     engine: &mut Engine,
     input: &SlideInput,
     folder: &OutputFolder,
-    model: &report::ModelRecord,
     force: bool,
     cancel: &Cancel,
     observe: &mut dyn FnMut(&Event<'_>),
@@ -261,7 +267,7 @@ fn one(
         hint: None,
         finished: String::new(),
         slide: identity(&input.path),
-        model: model.clone(),
+        model: engine.model.clone(),
         settings: config.shaping_settings(&digests(&config)),
         reading: None,
         coverage: None,
@@ -322,7 +328,7 @@ fn fill(
         unsampled: plan.unsampled_tiles,
         failed: Vec::new(),
     });
-    let asked = engine.config.batch_size;
+    let asked = engine.batch_size;
     let mut progress = |tiles| observe(&Event::Progress { tiles });
     let run = engine.run_slide(&input.id, &plan, folder.path(), cancel, &mut progress)?;
     if run.batch_size != asked {
@@ -398,8 +404,7 @@ fn with_status(record: &SlideRecord, status: Status) -> SlideRecord {
 }
 
 /// Hashes the mask and coordinates files of a run.
-#[must_use]
-pub fn digests(config: &RunConfig) -> InputDigests {
+fn digests(config: &RunConfig) -> InputDigests {
     let tiling = &config.tiling;
     let mask = match &tiling.tissue {
         TissueSource::Png(path) | TissueSource::GeoJson(path) => Some(path),

@@ -110,10 +110,6 @@ pub struct RunConfig {
     pub on_nonfinite: OnFailure,
     /// Whether ICC profiles are applied.
     pub icc: bool,
-    /// Reader threads.
-    pub readers: NonZeroUsize,
-    /// Tiles per batch.
-    pub batch_size: NonZeroUsize,
 }
 
 impl OnFailure {

@@ -7,6 +7,7 @@ pub mod cohort;
 pub mod config;
 mod error;
 pub mod inputs;
+mod load;
 mod pictures;
 pub mod plan;
 mod stages;
@@ -20,12 +21,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::bounded;
 
 pub use self::error::EngineError;
+pub use self::load::LoadRequest;
 use self::config::RunConfig;
 use self::plan::SlidePlan;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};
-use crate::inference::{Activation, ModelCard, Session, SessionError, Task};
+use crate::inference::{Activation, ModelCard, Session, SessionError, SessionFactory, Task};
 use crate::pipeline::{self, Cancel, PipelineError, StageStats};
+use crate::report::{ExecutionRecord, ModelRecord};
 use crate::slide::{ReadOptions, TileReader};
 use crate::stitch::{StitchSpec, Stitcher};
 
@@ -36,12 +39,17 @@ const QUEUE: NonZeroUsize = NonZeroUsize::new(2).unwrap();
 
 /// A loaded model with all that it takes to run it over slides.
 pub struct Engine {
-    /// The model's card.
-    pub card: ModelCard,
-    /// What is done with each slide.
-    pub config: RunConfig,
-    /// One per worker; all of the same variant.
-    pub sessions: Vec<Box<dyn Session>>,
+    card: ModelCard,
+    config: RunConfig,
+    /// All of the same variant; over all devices.
+    sessions: Vec<Box<dyn Session>>,
+    /// One per device.
+    factories: Vec<SessionFactory>,
+    readers: NonZeroUsize,
+    /// Lowered when a device's memory does not suffice.
+    batch_size: NonZeroUsize,
+    model: ModelRecord,
+    execution: ExecutionRecord,
 }
 
 /// What a run over one slide gave.
@@ -73,7 +81,7 @@ impl Engine {
         cancel: &Cancel,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SlideRun, EngineError> {
-        let mut batch_size = self.config.batch_size;
+        let mut batch_size = self.batch_size;
         loop {
             match self.try_slide(id, plan, out, batch_size, cancel, progress) {
                 Err(EngineError::Session(SessionError::OutOfMemory { .. })) if batch_size.get() > 1 => {
@@ -81,7 +89,7 @@ impl Engine {
                 }
                 outcome => {
                     // What did not fit this slide would not fit the next one either.
-                    self.config.batch_size = batch_size;
+                    self.batch_size = batch_size;
                     return outcome;
                 }
             }
@@ -97,11 +105,11 @@ impl Engine {
         cancel: &Cancel,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SlideRun, EngineError> {
-        let Self { card, config, sessions } = self;
+        let Self { card, config, sessions, .. } = self;
         let spec = stitch_spec(card, config, plan);
         let options = ReadOptions { tile_size: plan.plane.tile_size, icc: config.icc };
         let new_reader = || TileReader::new(&plan.slide, &plan.choice, options);
-        let readers: Vec<TileReader> = (0..config.readers.get()).map(|_| new_reader()).collect::<Result<_, _>>()?;
+        let readers: Vec<TileReader> = (0..self.readers.get()).map(|_| new_reader()).collect::<Result<_, _>>()?;
         let converts_colours = readers.first().is_some_and(TileReader::converts_colours);
         let stitcher = spec.as_ref().map(|spec| Stitcher::new(*spec)).transpose()?;
 

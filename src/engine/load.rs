@@ -1,0 +1,129 @@
+//! From a model card and a request to a loaded engine: variant, device, sessions, batch size, and the account of them.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+
+use super::config::RunConfig;
+use super::{Engine, EngineError};
+use crate::inference::{
+    Device, DeviceRequest, ModelCard, Provider, ProviderRequest, Session, SessionFactory, SessionOptions, StopHandle,
+    device,
+};
+use crate::report::{ExecutionRecord, ModelRecord};
+
+/// Sessions on one GPU: while one normalises and copies, the other computes.
+const SESSIONS_PER_GPU: usize = 2;
+
+/// Where and how a model is to run; what is `None` is left to the machine.
+#[derive(Clone, Debug)]
+pub struct LoadRequest {
+    /// The card's variant; else `fp32`, or the only one.
+    pub variant: Option<String>,
+    /// The devices.
+    pub devices: DeviceRequest,
+    /// The execution provider.
+    pub provider: ProviderRequest,
+    /// Tiles per batch.
+    pub batch_size: Option<NonZeroUsize>,
+    /// Reader threads.
+    pub readers: Option<NonZeroUsize>,
+    /// Sessions over all devices.
+    pub sessions: Option<NonZeroUsize>,
+}
+
+impl Engine {
+    /// Loads the model and opens its sessions.
+    ///
+    /// # Errors
+    /// [`EngineError`] if the variant, device or provider can't be had, or the model contradicts its card.
+    pub fn load(card: ModelCard, request: &LoadRequest, config: RunConfig) -> Result<Self, EngineError> {
+        let variant = match &request.variant {
+            Some(name) => card.variant(name)?,
+            None => card.default_variant()?,
+        };
+        let resolved = device::resolve(&request.devices, request.provider, variant.provider)?;
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        // OpenVINO brings threads of its own.
+        let has_own_threads = resolved.provider == Provider::OpenVino;
+        let sessions_per_device = match request.sessions {
+            Some(sessions) => sessions.get().div_ceil(resolved.devices.len()),
+            None if resolved.provider == Provider::Cpu => cores,
+            None if has_own_threads => 1,
+            None => SESSIONS_PER_GPU,
+        };
+        // One thread a session: sessions side by side need no synchronisation inside an operator, and results do not
+        // depend on their number.
+        let intra_threads = (!has_own_threads).then_some(NonZeroUsize::MIN);
+        let factory = |device: &Device| {
+            let options = SessionOptions { device: *device, provider: resolved.provider, intra_threads };
+            SessionFactory::new(&card, variant, options)
+        };
+        let factories: Vec<SessionFactory> = resolved.devices.iter().map(factory).collect::<Result<_, _>>()?;
+        let mut sessions: Vec<Box<dyn Session>> = Vec::new();
+        for factory in &factories {
+            for _ in 0..sessions_per_device {
+                sessions.push(Box::new(factory.open()?));
+            }
+        }
+        let batch_size = match request.batch_size {
+            Some(size) => size,
+            None => smallest_batch(&factories)?,
+        };
+        let readers = request.readers.or(NonZeroUsize::new(cores)).unwrap_or(NonZeroUsize::MIN);
+        let model = ModelRecord {
+            name: card.name.clone(),
+            variant: variant.name.clone(),
+            file: variant.file.display().to_string(),
+            sha256: variant.sha256.clone(),
+            task: card.task.to_string(),
+            classes: card.classes.iter().map(|class| class.name.clone()).collect(),
+        };
+        let execution = ExecutionRecord {
+            device: resolved.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(","),
+            provider: resolved.provider.to_string(),
+            reason: resolved.reason,
+            placement: BTreeMap::new(),
+            batch_size: batch_size.get(),
+            readers: readers.get(),
+            sessions: sessions.len(),
+            threads_per_session: intra_threads.map_or(cores, NonZeroUsize::get),
+        };
+        Ok(Self { card, config, sessions, factories, readers, batch_size, model, execution })
+    }
+
+    /// The model that was loaded.
+    #[must_use]
+    pub fn model(&self) -> &ModelRecord {
+        &self.model
+    }
+
+    /// Where and how it runs; the placement of nodes is known once a batch was inferred on a GPU.
+    #[must_use]
+    pub fn execution(&self) -> ExecutionRecord {
+        let mut placement: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        for of_device in self.factories.iter().filter_map(SessionFactory::placement) {
+            for (provider, operators) in &of_device.nodes {
+                let of_provider = placement.entry(provider.clone()).or_default();
+                for (operator, count) in operators {
+                    *of_provider.entry(operator.clone()).or_default() += *count as u64;
+                }
+            }
+        }
+        ExecutionRecord { placement, batch_size: self.batch_size.get(), ..self.execution.clone() }
+    }
+
+    /// What ends running batches from another thread.
+    #[must_use]
+    pub fn stop_handles(&self) -> Vec<StopHandle> {
+        self.factories.iter().map(SessionFactory::stop_handle).collect()
+    }
+}
+
+/// The batch that suits every device: who shares a batch must not depend on the device that takes it.
+fn smallest_batch(factories: &[SessionFactory]) -> Result<NonZeroUsize, EngineError> {
+    let mut smallest = usize::MAX;
+    for factory in factories {
+        smallest = smallest.min(factory.auto_batch_size()?);
+    }
+    Ok(NonZeroUsize::new(smallest).unwrap_or(NonZeroUsize::MIN))
+}
