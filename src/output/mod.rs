@@ -177,6 +177,9 @@ impl OutputError {
 fn write_hint(source: &io::Error) -> Option<&'static str> {
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some("free space or choose another `out`"),
+        io::ErrorKind::FileTooLarge => {
+            Some("choose an `out` where larger files may be written, or raise the limit (ulimit -f)")
+        }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             Some("choose an `out` that you may write to")
         }
