@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Holds the results of slidestream against other programs: OpenSlide's and ONNX Runtime's Python, h5py, shapely, NumPy.
-# The first call makes the virtual environment out of pinned packages from PyPI (150 MB). SLIDESTREAM names another
+# The first call makes the virtual environment out of pinned packages from PyPI (270 MB on the disk). SLIDESTREAM names another
 # binary than that of the dev profile; what else is given goes to pytest.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -10,12 +10,12 @@ venv=$here/.venv
 
 if ! cmp -s "$requirements" "$venv/requirements.txt"; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "tests/conformance/run.sh: python3 is older than the packages allow: Python 3.11 or newer is needed" >&2; exit 1; }
-  echo "tests/conformance/run.sh: fetching the Python packages (150 MB, once)" >&2
+    { echo "tests/conformance/run.sh: the packages need Python 3.11 or newer; python3 is older" >&2; exit 1; }
+  echo "tests/conformance/run.sh: fetching the Python packages (once)" >&2
   work=$(mktemp -d "$here/.venv.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   python3 -m venv "$work" ||
-    { echo "tests/conformance/run.sh: python3 can't make virtual environments; is python3-venv installed?" >&2; exit 1; }
+    { echo "tests/conformance/run.sh: python3 can't make a virtual environment (on Debian: python3-venv)" >&2; exit 1; }
   # Every package is named with its version, so none may bring others along.
   "$work/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: \
     --requirement "$requirements" ||

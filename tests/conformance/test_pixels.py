@@ -50,8 +50,8 @@ def test_both_sides_use_the_same_openslide(tiles_of, even_slide):
 def test_tiles_of_a_level_equal_read_region(request, tiles_of, name, mpp, level, where):
     """Exactly: the same library decodes, and nothing is computed after it.
 
-    Only where a level's edge falls within a pixel, which is then half transparent, the two round differently: OpenSlide's
-    Python divides by the opacity before one can lay the pixel over the background.
+    Only where a level's edge falls within a pixel, which is then half transparent, the two round differently, by up to
+    two grey levels: OpenSlide's Python divides by the opacity before one can lay the pixel over the background.
     """
     results, rects, tiles = tiles_of(request.getfixturevalue(name), mpp, "--region", where)
     assert len(tiles) > 3
