@@ -5,21 +5,19 @@ use std::path::Path;
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ExtendedColorType, ImageEncoder, RgbImage};
 
-use super::{AtomicFile, OutputError, Written};
+use super::{OutputError, Written, write_atomic};
 
 /// Writes a picture atomically.
 ///
 /// # Errors
 /// [`OutputError::Write`], [`OutputError::Image`] for one that PNG can't hold, such as one without pixels.
 pub fn write_png(path: &Path, picture: &RgbImage) -> Result<Written, OutputError> {
-    let mut file = AtomicFile::create(path)?;
-    PngEncoder::new_with_quality(&mut file, CompressionType::Fast, FilterType::Adaptive)
+    // Encoded apart from the file: of a write that the system refuses, the encoder keeps the text but not the kind.
+    let mut bytes = Vec::new();
+    PngEncoder::new_with_quality(&mut bytes, CompressionType::Fast, FilterType::Adaptive)
         .write_image(picture.as_raw(), picture.width(), picture.height(), ExtendedColorType::Rgb8)
-        .map_err(|error| match error {
-            image::ImageError::IoError(source) => OutputError::write(path)(source),
-            source => OutputError::Image { path: path.to_owned(), source },
-        })?;
-    file.commit()
+        .map_err(|source| OutputError::Image { path: path.to_owned(), source })?;
+    write_atomic(path, &bytes)
 }
 
 #[cfg(test)]
