@@ -83,9 +83,9 @@ impl Progress {
             Event::SlideFinished { record, status } => {
                 self.slides.inc(1);
                 if let Some(error) = &record.error {
-                    self.line(&format!("error: {}: {error}", record.id));
+                    self.error(&format!("error: {}: {error}", record.id));
                     if let Some(hint) = &record.hint {
-                        self.line(&format!("help: {hint}"));
+                        self.error(&format!("help: {hint}"));
                     }
                 } else if *status == Status::Skipped {
                     self.line(&format!("{}: was done before with the same settings", record.id));
@@ -106,6 +106,13 @@ impl Progress {
     /// One line for people, above the bars.
     pub(super) fn line(&self, text: &str) {
         if self.style == Style::People {
+            self.bars.suspend(|| super::say(text));
+        }
+    }
+
+    /// One line for people that quiet does not hold back; machines read it in the slide's event.
+    fn error(&self, text: &str) {
+        if self.style != Style::Json {
             self.bars.suspend(|| super::say(text));
         }
     }
