@@ -13,7 +13,8 @@ use slidestream::slide::synthetic::{MppField, SvsOptions, SyntheticSlide};
 
 use support::{
     Finished, Json, Kind, TiffMap, Workplace, assert_failed, assert_no_partial_files, assert_no_results_of,
-    assert_same_results, edit, files, has_partial_file, is_root, results, small, table, truncated, with_mpp,
+    assert_same_results, edit, files, has_partial_file, is_root, results, small, table, truncated, two_pieces,
+    with_mpp,
 };
 
 /// Runs the classifier over one bad slide, which must fail as the only one, and returns what was said.
@@ -207,7 +208,7 @@ fn with_little_space(command: &Command, blocks: u32) -> Command {
 #[test]
 fn a_full_disk_fails_the_slide_and_leaves_nothing() {
     let place = Workplace::new();
-    let slide = place.slide("a.svs", &SyntheticSlide::new(2000, 1600, 2), &SvsOptions::default());
+    let slide = place.slide("a.svs", &two_pieces(), &SvsOptions::default());
     for (kind, flags, name) in [
         (Kind::Classifier, &["--emit", "geojson", "--tissue", "none"][..], "a.geojson"),
         (Kind::Segmentation, &["--emit", "tiff", "--tissue", "none"], ".tif"),
@@ -238,14 +239,11 @@ fn no_space_for_the_account_ends_the_run() {
 }
 
 /// Slides and flags of a run of some seconds.
-fn long_run(place: &Workplace) -> (PathBuf, [PathBuf; 3]) {
+fn long_run(place: &Workplace) -> (PathBuf, [PathBuf; 2]) {
     let slide = place.slide("a.svs", &small(), &SvsOptions::default());
-    let copy = |name: &str| {
-        let path = place.at(name);
-        fs::copy(&slide, &path).unwrap();
-        path
-    };
-    (place.model(Kind::Slow), [slide.clone(), copy("b.svs"), copy("c.svs")])
+    let copy = place.at("b.svs");
+    fs::copy(&slide, &copy).unwrap();
+    (place.model(Kind::Slow), [slide, copy])
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn the_classifiers_table_is_what_the_pixels_give_by_hand() {
     let (mut inside, mut least, mut most) = (0, f64::INFINITY, f64::NEG_INFINITY);
     for row in rows.iter().filter(|row| row[0] + side <= 1500.0 && row[1] + side <= 1200.0) {
         assert_eq!(row[2..4], [side, side]);
-        let [x, y] = [row[0], row[1]].map(|place| place as u32);
+        let [x, y] = [row[0], row[1]].map(|place| place.to_string().parse::<u32>().unwrap());
         let expected = classify(&synthetic.pixels(x, y, TILE, TILE));
         for (found, expected) in row[4..].iter().zip(expected) {
             assert!((found - expected).abs() < 1e-5, "at {x},{y}: {:?} instead of {expected}", &row[4..]);

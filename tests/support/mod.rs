@@ -66,8 +66,8 @@ impl Kind {
             return graph.finish();
         }
         if self == Self::Slow {
-            let weights = graph.weights("large", &[3, 3, 31, 31], &[0.0; 3 * 3 * 31 * 31]);
-            let pads = ints(&[15, 15, 15, 15]);
+            let weights = graph.weights("large", &[3, 3, 25, 25], &[0.0; 3 * 3 * 25 * 25]);
+            let pads = ints(&[12, 12, 12, 12]);
             let nothing = graph.node("Conv", &[&image, &weights], &[("pads", pads)]);
             image = graph.node("Add", &[&image, &nothing], &[]);
         }
@@ -84,10 +84,11 @@ impl Kind {
             let pair = graph.weights("pair", &[3, 2], &[1.0, 0.0, 0.0, 1.0, 0.0, 0.0]);
             graph.node("MatMul", &[&roots, &pair], &[])
         } else {
-            // A fourth channel's mean is left without a weight of its own kind: that model never runs.
+            // A fourth channel has no influence.
             let mut weights = WEIGHTS.concat();
             weights.resize(channels * 2, 0.0);
-            let weights = graph.weights("weights", &[if channels == 4 { 4 } else { 3 }, 2], &weights);
+            let rows = i64::try_from(channels).unwrap();
+            let weights = graph.weights("weights", &[rows, 2], &weights);
             let bias = graph.weights("bias", &[2], &BIAS);
             graph.node("Gemm", &[&means, &weights, &bias], &[])
         };
@@ -147,7 +148,7 @@ pub(crate) fn lossless() -> SvsOptions {
     SvsOptions { encoding: Encoding::Deflate, ..SvsOptions::default() }
 }
 
-/// The options of a slide that says `text` of its resolution.
+/// The options of a slide that says this of its resolution.
 pub(crate) fn with_mpp(mpp: MppField) -> SvsOptions {
     SvsOptions { mpp, ..SvsOptions::default() }
 }
@@ -357,7 +358,7 @@ impl Json {
         Self::read(out.join("slides").join(format!("{id}.json")))
     }
 
-    /// `inferred`, `background`, `unsampled`, number of failed tiles, and the grid of a slide's coverage.
+    /// A slide's coverage, asserted to sum to its grid.
     #[track_caller]
     pub(crate) fn coverage(&self) -> Coverage {
         let of = |name: &str| self.0["coverage"][name].as_u64().unwrap();
@@ -456,12 +457,13 @@ pub(crate) fn table(path: &Path) -> Vec<Vec<f64>> {
 
 /// The directories of a classic little-endian TIFF, to damage it in known places.
 pub(crate) struct TiffMap {
-    /// Of each directory, its tags: type, count and the place of the value, and last the place of the next pointer.
+    /// In the order of the file.
     pub(crate) directories: Vec<Directory>,
 }
 
 /// One directory.
 pub(crate) struct Directory {
+    /// Of each tag, how many values it has and where they stand.
     entries: BTreeMap<u16, (usize, usize)>,
     /// Where the offset of the next directory stands.
     pub(crate) next_at: usize,
