@@ -18,10 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("slide", &["geometry", "native", "tiff"]),
     ("stitch", &["geometry"]),
     ("tissue", &["geometry", "slide"]),
-    (
-        "engine",
-        &["geometry", "inference", "native", "output", "pipeline", "report", "slide", "stitch", "tissue"],
-    ),
+    ("engine", &["geometry", "inference", "native", "output", "pipeline", "report", "slide", "stitch", "tissue"]),
 ];
 
 /// Crates that only some modules may name.

@@ -39,10 +39,7 @@ struct Check {
 }
 
 pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
-    let mut checks = vec![
-        library("OpenSlide", native::openslide()),
-        library("ONNX Runtime", native::onnx_runtime()),
-    ];
+    let mut checks = vec![library("OpenSlide", native::openslide()), library("ONNX Runtime", native::onnx_runtime())];
     checks.extend(providers());
     checks.extend(devices());
     checks.push(memory());
@@ -124,8 +121,7 @@ fn memory() -> Check {
         return Check { state: State::Missing, what, finding: "the system does not tell".to_owned(), hint: None };
     };
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-    let finding =
-        format!("{:.1} of {:.1} GiB available", gib(system.available_memory()), gib(system.total_memory()));
+    let finding = format!("{:.1} of {:.1} GiB available", gib(system.available_memory()), gib(system.total_memory()));
     Check { state: State::Ok, what, finding, hint: None }
 }
 

@@ -39,7 +39,9 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let mut facts = describe(&slide, pixel_size.as_ref().ok());
     match pixel_size {
         // The slide is worth showing even if no model can read it without its resolution.
-        Err(error) => facts.push(("mpp", json!(null), error.hint().map_or(error.to_string(), |h| format!("{error} ({h})")))),
+        Err(error) => {
+            facts.push(("mpp", json!(null), error.hint().map_or(error.to_string(), |h| format!("{error} ({h})"))))
+        }
         Ok(pixel_size) => {
             let tiling = args.tiling.config(&TilingDefaults {
                 tile_size: args.tile_size.or(card.as_ref().map(|card| card.tile_size)).unwrap_or(256),
@@ -79,7 +81,8 @@ fn describe(slide: &Slide, pixel_size: Option<&PixelSize>) -> Vec<Fact> {
         .map(|(index, level): (usize, _)| {
             let size = pixel_size.and_then(|size| size.scaled(level.downsample_x, level.downsample_y));
             let mpp = size.map(|size| [size.x.get(), size.y.get()]);
-            let tile = level.native_tile.map(|(width, height)| format!(", tiles {width} × {height}")).unwrap_or_default();
+            let tile =
+                level.native_tile.map(|(width, height)| format!(", tiles {width} × {height}")).unwrap_or_default();
             let text = format!(
                 "{index}: {} × {} px, 1/{:.4}{}{tile}",
                 level.width,
@@ -123,7 +126,11 @@ fn describe_plan(plan: &SlidePlan, tiling: &TilingConfig) -> Vec<Fact> {
     vec![
         ("reader", json!("openslide"), "openslide".to_owned()),
         ("read_level", json!(choice.level.0), choice.to_string()),
-        ("resampled", json!(choice.resample.is_some()), if choice.resample.is_some() { "yes" } else { "no" }.to_owned()),
+        (
+            "resampled",
+            json!(choice.resample.is_some()),
+            if choice.resample.is_some() { "yes" } else { "no" }.to_owned(),
+        ),
         ("requested_mpp", json!(choice.requested.get()), format!("{} µm/px", choice.requested)),
         (
             "effective_mpp",

@@ -206,9 +206,7 @@ impl TilingOptions {
             coords,
         };
         if tiling.overlap >= tile_size {
-            return Err(Failure::usage(format!(
-                "--overlap {overlap} leaves no step between tiles of {tile_size} px"
-            )));
+            return Err(Failure::usage(format!("--overlap {overlap} leaves no step between tiles of {tile_size} px")));
         }
         // A coordinates file names the tiles themselves: what would choose tiles contradicts it.
         let choosing = [("region", self.region.is_some()), ("tissue", self.tissue.is_some())];

@@ -86,14 +86,8 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let mut progress = Progress::new(style, slides.len(), &args.out)?;
     progress.line(&format!("{}: {}", run.execution.device, run.execution.reason));
     progress.record(json!({ "event": "run started", "command": run.command, "execution": run.execution }));
-    let summary = cohort::run(
-        &mut engine,
-        &slides,
-        &folder,
-        options.cohort(),
-        &cancel,
-        &mut |event| progress.observe(event),
-    );
+    let summary =
+        cohort::run(&mut engine, &slides, &folder, options.cohort(), &cancel, &mut |event| progress.observe(event));
     progress.end();
     let outcome = summary.as_ref().map_or(Outcome::Failed, |summary| outcome_of(summary, slides.len()));
     run.execution = engine.execution();
@@ -147,7 +141,11 @@ fn dry_run(slides: &[SlideInput], tiling: &TilingConfig) -> Outcome {
                 writeln!(
                     table,
                     "{}  {tiles} of {} tiles at {:.4} × {:.4} µm/px from level {}",
-                    input.id, plan.grid_tiles, effective.x.get(), effective.y.get(), plan.choice.level.0
+                    input.id,
+                    plan.grid_tiles,
+                    effective.x.get(),
+                    effective.y.get(),
+                    plan.choice.level.0
                 )
                 .ok();
             }
@@ -172,7 +170,10 @@ fn summarise(summary: &CohortSummary, args: &Args, outcome: Outcome) -> String {
         writeln!(
             text,
             "{} slides: {} done, {} failed, {} done before",
-            summary.slides.len(), count(Status::Done), count(Status::Failed), count(Status::Skipped)
+            summary.slides.len(),
+            count(Status::Done),
+            count(Status::Failed),
+            count(Status::Skipped)
         )
         .ok();
         let done = || summary.slides.iter().filter(|(status, _)| *status == Status::Done).map(|(_, record)| record);
@@ -192,7 +193,8 @@ fn summarise(summary: &CohortSummary, args: &Args, outcome: Outcome) -> String {
 fn summarise_slide(status: Status, record: &SlideRecord) -> String {
     let mut rows: Vec<(&str, String)> = vec![("slide", record.id.clone()), ("status", status.as_str().to_owned())];
     if let Some(coverage) = &record.coverage {
-        let mut tiles = format!("{} of {} in the grid, {} background", coverage.inferred, coverage.grid, coverage.background);
+        let mut tiles =
+            format!("{} of {} in the grid, {} background", coverage.inferred, coverage.grid, coverage.background);
         if coverage.unsampled > 0 {
             write!(tiles, ", {} not sampled", coverage.unsampled).ok();
         }
@@ -210,7 +212,8 @@ fn summarise_slide(status: Status, record: &SlideRecord) -> String {
     }
     let shares: BTreeMap<_, _> = record.class_shares.iter().collect();
     if !shares.is_empty() {
-        let shares: Vec<String> = shares.iter().map(|(name, share)| format!("{name} {:.1} %", 100.0 * **share)).collect();
+        let shares: Vec<String> =
+            shares.iter().map(|(name, share)| format!("{name} {:.1} %", 100.0 * **share)).collect();
         rows.push(("classes", shares.join(", ")));
     }
     super::columns(rows)

@@ -187,7 +187,8 @@ impl OutputFolder {
             let tiles = record.coverage.as_ref().map_or(0, |coverage| coverage.inferred);
             let (seconds, rate) = record.timing.as_ref().map_or((0.0, 0.0), |t| (t.seconds, t.tiles_per_sec));
             let error = record.error.clone().unwrap_or_default();
-            let row = [&record.id, status.as_str(), &tiles.to_string(), &format!("{seconds:.3}"), &format!("{rate:.2}")];
+            let row =
+                [&record.id, status.as_str(), &tiles.to_string(), &format!("{seconds:.3}"), &format!("{rate:.2}")];
             table.write_record(row.into_iter().chain([error.as_str()])).map_err(problem)?;
         }
         let bytes = table.into_inner().map_err(|error| problem(error.into_error().into()))?;

@@ -137,10 +137,8 @@ impl RunConfig {
                 json!({ "file": path.display().to_string(), "sha256": digests.mask })
             }
         };
-        let coords = tiling
-            .coords
-            .as_ref()
-            .map(|path| json!({ "file": path.display().to_string(), "sha256": digests.coords }));
+        let coords =
+            tiling.coords.as_ref().map(|path| json!({ "file": path.display().to_string(), "sha256": digests.coords }));
         let region = tiling.region.map(|rect| json!([rect.x, rect.y, rect.width, rect.height]));
         let emit: Vec<&str> = self.emit.iter().map(|kind| kind.as_str()).collect();
         let settings = json!({

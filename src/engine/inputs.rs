@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use crate::geometry::{InvalidMpp, Mpp};
 use super::config::{TilingConfig, TissueSource};
+use crate::geometry::{InvalidMpp, Mpp};
 use crate::slide::{self, SlideError};
 
 /// One slide of a run, as it was asked for.
@@ -181,7 +181,8 @@ fn list(path: &Path) -> Result<Vec<SlideInput>, InputError> {
         if let Some(id) = field("id") {
             input.id = checked_id(id.clone(), path)?;
         }
-        input.mpp = field("mpp").map(|mpp| mpp.parse()).transpose().map_err(|error: InvalidMpp| problem(error.to_string()))?;
+        input.mpp =
+            field("mpp").map(|mpp| mpp.parse()).transpose().map_err(|error: InvalidMpp| problem(error.to_string()))?;
         input.mask = field("mask").map(|mask| base.join(mask));
         inputs.push(input);
     }
@@ -196,7 +197,8 @@ type Row = HashMap<String, String>;
 /// The rows of a CSV by column name, with their line numbers; all columns must be known, and all needed ones be there.
 fn rows(path: &Path, known: &[&str], needed: &[&str]) -> Result<Vec<(u64, Row)>, InputError> {
     let problem = |reason: String| InputError::List { path: path.to_owned(), reason };
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path).map_err(|e| problem(e.to_string()))?;
+    let mut reader =
+        csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path).map_err(|e| problem(e.to_string()))?;
     let header = reader.headers().map_err(|error| problem(error.to_string()))?.clone();
     if let Some(unknown) = header.iter().find(|name| !known.contains(name)) {
         return Err(problem(format!("unknown column {unknown:?}; known are {}", known.join(", "))));
@@ -256,9 +258,9 @@ mod tests {
         let at = |name: &str| folder.path().join(name);
         let message = |arguments: &[PathBuf]| slides(arguments).unwrap_err().to_string();
         assert!(message(&[at("a/x.svs"), at("b/x.svs")]).contains("two slides have the id \"x\""));
-        assert!(message(&[at("columns.csv")]).ends_with(
-            "unknown column \"magnification\"; known are slide, mpp, mask, id"
-        ));
+        assert!(
+            message(&[at("columns.csv")]).ends_with("unknown column \"magnification\"; known are slide, mpp, mask, id")
+        );
         assert!(message(&[at("header.csv")]).contains("unknown column \"path\""));
         assert!(message(&[at("mpp.csv")]).contains("line 2: \"20x\" is no resolution"));
         assert!(message(&[at("empty.csv")]).ends_with("the list names no slide"));

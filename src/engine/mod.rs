@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
+use self::config::RunConfig;
 pub use self::error::EngineError;
 pub use self::load::LoadRequest;
-use self::config::RunConfig;
 use self::plan::SlidePlan;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};
@@ -131,14 +131,8 @@ impl Engine {
         let on_nonfinite = config.on_nonfinite;
         let infer: Vec<Infer<'_>> =
             sessions.iter_mut().map(|session| Infer { session: session.as_mut(), on_nonfinite }).collect();
-        let stitch = Stitch {
-            plane: plan.plane,
-            stitcher,
-            pool,
-            used_strips,
-            waiting: BTreeMap::new(),
-            next_sequence: 0,
-        };
+        let stitch =
+            Stitch { plane: plan.plane, stitcher, pool, used_strips, waiting: BTreeMap::new(), next_sequence: 0 };
 
         let target = Target { out, id, plan, card, config, stitch: spec.as_ref() };
         let mut files = Some(SlideFiles::create(target)?);

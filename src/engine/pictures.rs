@@ -145,5 +145,8 @@ fn kinds() -> [(Cell, &'static str, [u8; 3]); 5] {
 
 fn labels() -> Vec<MaskLabel> {
     let style = |name: &str, color| ClassStyle { name: name.to_owned(), color };
-    kinds().into_iter().map(|(cell, name, color)| MaskLabel { value: value_of(cell), style: style(name, color) }).collect()
+    kinds()
+        .into_iter()
+        .map(|(cell, name, color)| MaskLabel { value: value_of(cell), style: style(name, color) })
+        .collect()
 }

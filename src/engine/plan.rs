@@ -7,8 +7,8 @@ use super::EngineError;
 use super::config::{TilingConfig, TissueSource};
 use crate::geometry::{Level0Rect, PixelSize, TileGrid, TilePlane, TilePosition};
 use crate::output::{self, GridLevel, Profile, TileAttributes};
-use crate::slide::level::{self, LevelChoice};
 use crate::slide::Slide;
+use crate::slide::level::{self, LevelChoice};
 use crate::tissue::{Cell, TissueMask, TissueOptions};
 
 /// What will be inferred of one slide.
@@ -75,7 +75,8 @@ pub fn plan(slide: Slide, tiling: &TilingConfig) -> Result<SlidePlan, EngineErro
     let unreadable = tissue.as_ref().map_or(0.0, |mask| mask.share(Cell::Unreadable));
     if unreadable > 0.0 {
         let percent = 100.0 * unreadable;
-        notes.push(format!("{percent:.1} % of the slide could not be decoded for the tissue mask: its tiles are tried"));
+        notes
+            .push(format!("{percent:.1} % of the slide could not be decoded for the tissue mask: its tiles are tried"));
     }
     let grid_tiles = all.len() as u64;
     let is_tissue = |position: &TilePosition| match &tissue {
@@ -116,18 +117,15 @@ fn from_coords(path: &Path, plane: &TilePlane) -> Result<Vec<TilePosition>, Engi
     let (mut points, sizes) = read_coords(path)?;
     let expected = plane.level0_rect(plane.position(0, 0));
     // Both sides round, each by at most half a pixel.
-    let differs = |(width, height): &(i64, i64)| {
-        (width - expected.width).abs() > 1 || (height - expected.height).abs() > 1
-    };
+    let differs =
+        |(width, height): &(i64, i64)| (width - expected.width).abs() > 1 || (height - expected.height).abs() > 1;
     if let Some(found) = sizes.into_iter().find(differs) {
         let expected = (expected.width, expected.height);
         return Err(EngineError::CoordsTileSize { path: path.to_owned(), found, expected });
     }
     points.sort_unstable_by_key(|(x, y)| (*y, *x));
     points.dedup();
-    let is_outside = |(x, y): &(i64, i64)| {
-        Level0Rect { x: *x, y: *y, ..expected }.intersection(plane.region).is_none()
-    };
+    let is_outside = |(x, y): &(i64, i64)| Level0Rect { x: *x, y: *y, ..expected }.intersection(plane.region).is_none();
     if let Some((x, y)) = points.iter().copied().find(is_outside) {
         return Err(EngineError::CoordsOutside { path: path.to_owned(), x, y });
     }
@@ -174,11 +172,7 @@ impl SlidePlan {
     }
 }
 
-fn mask(
-    slide: &Slide,
-    pixel_size: PixelSize,
-    source: &TissueSource,
-) -> Result<Option<TissueMask>, EngineError> {
+fn mask(slide: &Slide, pixel_size: PixelSize, source: &TissueSource) -> Result<Option<TissueMask>, EngineError> {
     Ok(match source {
         TissueSource::None => None,
         TissueSource::Otsu => Some(TissueMask::detect(slide, &TissueOptions::new(pixel_size))?),
@@ -213,7 +207,8 @@ mod tests {
     fn sampling_is_even() {
         let at = |x: i64| TilePosition { x: x as f64, y: 0.0, plane_x: x, plane_y: 0 };
         let tiles: Vec<TilePosition> = (0..10).map(at).collect();
-        let taken = |count| sample(&tiles, NonZeroUsize::new(count)).iter().map(|tile| tile.plane_x).collect::<Vec<_>>();
+        let taken =
+            |count| sample(&tiles, NonZeroUsize::new(count)).iter().map(|tile| tile.plane_x).collect::<Vec<_>>();
         assert_eq!(taken(4), [0, 2, 5, 7]);
         assert_eq!(taken(10).len(), 10);
         assert_eq!(taken(25).len(), 10);

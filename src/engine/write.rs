@@ -4,6 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 use super::EngineError;
 use super::config::{Emit, RunConfig};
 use super::pictures;
@@ -130,12 +132,13 @@ impl<'a> SlideFiles<'a> {
     /// Adds finished rows of the maps.
     pub(super) fn strip(&mut self, strip: &Strip) -> Result<(), EngineError> {
         let Some(maps) = &mut self.maps else { return Ok(()) };
-        for (class, map) in maps.probabilities.iter_mut().enumerate() {
-            map.push_rows(strip.probabilities_of(class))?;
-        }
-        if let Some(classes) = &mut maps.classes {
-            classes.push_rows(&strip.classes)?;
-        }
+        // Compressing is most of the work, and each map has its own file.
+        maps.probabilities
+            .par_iter_mut()
+            .enumerate()
+            .map(|(class, map)| map.push_rows(strip.probabilities_of(class)))
+            .chain(maps.classes.par_iter_mut().map(|classes| classes.push_rows(&strip.classes)))
+            .collect::<Result<(), _>>()?;
         maps.overview.add(strip);
         Ok(())
     }
@@ -153,9 +156,8 @@ impl<'a> SlideFiles<'a> {
         written.extend(features.map(FeaturesWriter::finish).transpose()?);
         let mut class_shares = Vec::new();
         if let Some(maps) = maps {
-            for map in maps.probabilities.into_iter().chain(maps.classes) {
-                written.push(map.finish()?);
-            }
+            let writers: Vec<PyramidWriter> = maps.probabilities.into_iter().chain(maps.classes).collect();
+            written.extend(writers.into_par_iter().map(PyramidWriter::finish).collect::<Result<Vec<_>, _>>()?);
             let (overview, cells) = maps.overview.finish();
             class_shares = shares(&target.class_names(), &cells);
             if target.emits(Emit::GeoJson) {
@@ -238,7 +240,8 @@ impl Maps {
         let side = |pixels: u64| u32::try_from(pixels.div_ceil(u64::from(spec.cell))).ok();
         let region = spec.plane.region;
         let base = target.plan.pixel_size;
-        let description = |what: &str| format!("slidestream {what} of slide {} by model {}", target.id, target.card.name);
+        let description =
+            |what: &str| format!("slidestream {what} of slide {} by model {}", target.id, target.card.name);
         let pyramid = PyramidSpec {
             width: side(spec.plane.width()).ok_or_else(too_large)?,
             height: side(spec.plane.height()).ok_or_else(too_large)?,

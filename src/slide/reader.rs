@@ -230,9 +230,11 @@ impl LevelReader {
         let source = if is_whole {
             &part.bgra
         } else {
-            // Beyond the slide all is transparent, so that the background shows through the filter as well.
+            // Beyond the slide all has the background's colour, opaque: were it transparent, the filter's overshoot
+            // would be clipped in alpha but not in colour, and the slide would get a pale rim.
+            let [red, green, blue] = self.slide.background;
             self.padded.clear();
-            self.padded.resize(width as usize * height as usize * 4, 0);
+            self.padded.extend([blue, green, red, u8::MAX].repeat(width as usize * height as usize));
             let rows = self.padded.chunks_exact_mut(width as usize * 4).skip(part.y);
             for (row, source) in rows.zip(part.bgra.chunks_exact(part.width * 4)) {
                 row[part.x * 4..][..source.len()].copy_from_slice(source);
