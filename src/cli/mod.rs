@@ -36,7 +36,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Run a model over slides: tile table, heatmaps, regions, overlay, features
-    Run(run::Args),
+    Run(Box<run::Args>),
     /// Write the coordinates of a slide's tissue tiles, without a model
     Tiles(tiles::Args),
     /// Show what a slide is and how a model would read it

@@ -102,7 +102,7 @@ fn outcome_of(summary: &CohortSummary, slides: usize) -> Outcome {
     let failed = summary.count(Status::Failed);
     if summary.interrupted {
         Outcome::Interrupted
-    } else if failed as usize == slides {
+    } else if failed == slides as u64 {
         Outcome::Failed
     } else if failed > 0 || summary.failed_tiles() > 0 || summary.slides.len() < slides {
         Outcome::Partly

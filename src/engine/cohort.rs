@@ -218,17 +218,14 @@ pub fn run(
     observe: &mut dyn FnMut(&Event<'_>),
 ) -> Result<CohortSummary, EngineError> {
     let mut summary = CohortSummary::default();
+    let mut cohort = Cohort { engine, folder, force: options.force, cancel, observe };
     for (index, input) in slides.iter().enumerate() {
-        observe(&Event::SlideStarted { id: &input.id, index, count: slides.len() });
-        let (status, record) = match one(engine, input, folder, options.force, cancel, observe) {
-            Ok(outcome) => outcome,
-            Err(SlideEnd::Interrupted) => {
-                summary.interrupted = true;
-                break;
-            }
-            Err(SlideEnd::Fatal(error)) => return Err(error),
+        (cohort.observe)(&Event::SlideStarted { id: &input.id, index, count: slides.len() });
+        let Some((status, record)) = cohort.slide(input)? else {
+            summary.interrupted = true;
+            break;
         };
-        observe(&Event::SlideFinished { record: &record, status });
+        (cohort.observe)(&Event::SlideFinished { record: &record, status });
         summary.slides.push((status, record));
         folder.write_process_list(&summary.slides)?;
         if status == Status::Failed && options.fail_fast {
@@ -238,117 +235,106 @@ pub fn run(
     Ok(summary)
 }
 
-/// Why a slide has no record.
-enum SlideEnd {
-    Interrupted,
-    Fatal(EngineError),
-}
-
-impl From<EngineError> for SlideEnd {
-    fn from(error: EngineError) -> Self {
-        Self::Fatal(error)
-    }
-}
-
-fn one(
-    engine: &mut Engine,
-    input: &SlideInput,
-    folder: &OutputFolder,
+/// What all slides of a run share.
+struct Cohort<'a> {
+    engine: &'a mut Engine,
+    folder: &'a OutputFolder,
     force: bool,
-    cancel: &Cancel,
-    observe: &mut dyn FnMut(&Event<'_>),
-) -> Result<(Status, SlideRecord), SlideEnd> {
-    let start = Instant::now();
-    let config = RunConfig { tiling: input.tiling(&engine.config.tiling), ..engine.config.clone() };
-    let mut record = SlideRecord {
-        schema: SLIDE_SCHEMA.to_owned(),
-        id: input.id.clone(),
-        status: Status::Failed,
-        error: None,
-        hint: None,
-        finished: String::new(),
-        slide: identity(&input.path),
-        model: engine.model.clone(),
-        settings: config.shaping_settings(&digests(&config)),
-        reading: None,
-        coverage: None,
-        class_shares: BTreeMap::new(),
-        timing: None,
-        notes: Vec::new(),
-        outputs: Vec::new(),
-    };
-    let earlier = folder.earlier(&input.id);
-    let mut reason = None;
-    if let Some(earlier) = earlier {
-        let changed = report::difference(&earlier, &with_status(&record, Status::Done));
-        reason = changed.or_else(|| folder.missing_output(&earlier));
-        if reason.is_none() && !force {
-            return Ok((Status::Skipped, earlier));
-        }
-        folder.forget(&input.id, &earlier)?;
-    }
-    match fill(engine, &mut record, input, &config.tiling, folder, reason.as_deref(), cancel, observe) {
-        Ok(()) => record.status = Status::Done,
-        Err(EngineError::Cancelled) => return Err(SlideEnd::Interrupted),
-        Err(error) => {
-            record.error = Some(error.chain());
-            record.hint = error.hint();
-        }
-    }
-    if let Some(timing) = &mut record.timing {
-        timing.seconds = start.elapsed().as_secs_f64();
-    }
-    record.finished = now();
-    output::write_atomic(&folder.record_path(&input.id), &report::to_json(&record)).map_err(EngineError::from)?;
-    Ok((record.status, record))
+    cancel: &'a Cancel,
+    observe: &'a mut dyn FnMut(&Event<'_>),
 }
 
-/// Does the slide's work and fills its record as far as it gets.
-fn fill(
-    engine: &mut Engine,
-    record: &mut SlideRecord,
-    input: &SlideInput,
-    tiling: &TilingConfig,
-    folder: &OutputFolder,
-    redone_because: Option<&str>,
-    cancel: &Cancel,
-    observe: &mut dyn FnMut(&Event<'_>),
-) -> Result<(), EngineError> {
-    let slide = Slide::open(&input.path)?;
-    let plan = plan::plan(slide, tiling)?;
-    if cancel.is_cancelled() {
-        return Err(EngineError::Cancelled);
+impl Cohort<'_> {
+    /// Does one slide, or finds that it is done; `None` if someone asked to stop.
+    fn slide(&mut self, input: &SlideInput) -> Result<Option<(Status, SlideRecord)>, EngineError> {
+        let start = Instant::now();
+        let config = RunConfig { tiling: input.tiling(&self.engine.config.tiling), ..self.engine.config.clone() };
+        let mut record = SlideRecord {
+            schema: SLIDE_SCHEMA.to_owned(),
+            id: input.id.clone(),
+            status: Status::Failed,
+            error: None,
+            hint: None,
+            finished: String::new(),
+            slide: identity(&input.path),
+            model: self.engine.model.clone(),
+            settings: config.shaping_settings(&digests(&config)),
+            reading: None,
+            coverage: None,
+            class_shares: BTreeMap::new(),
+            timing: None,
+            notes: Vec::new(),
+            outputs: Vec::new(),
+        };
+        let mut reason = None;
+        if let Some(earlier) = self.folder.earlier(&input.id) {
+            let changed = report::difference(&earlier, &with_status(&record, Status::Done));
+            reason = changed.or_else(|| self.folder.missing_output(&earlier));
+            if reason.is_none() && !self.force {
+                return Ok(Some((Status::Skipped, earlier)));
+            }
+            self.folder.forget(&input.id, &earlier)?;
+        }
+        match self.fill(&mut record, input, &config.tiling, reason.as_deref()) {
+            Ok(()) => record.status = Status::Done,
+            Err(EngineError::Cancelled) => return Ok(None),
+            Err(error) => {
+                record.error = Some(error.chain());
+                record.hint = error.hint();
+            }
+        }
+        if let Some(timing) = &mut record.timing {
+            timing.seconds = start.elapsed().as_secs_f64();
+        }
+        record.finished = now();
+        output::write_atomic(&self.folder.record_path(&input.id), &report::to_json(&record))?;
+        Ok(Some((record.status, record)))
     }
-    observe(&Event::SlidePlanned { id: &input.id, plan: &plan, redone_because });
-    record.notes.clone_from(&plan.notes);
-    record.reading = Some(reading(&plan));
-    record.coverage = Some(CoverageRecord {
-        grid: plan.grid_tiles,
-        inferred: 0,
-        background: plan.background_tiles,
-        unsampled: plan.unsampled_tiles,
-        failed: Vec::new(),
-    });
-    let asked = engine.batch_size;
-    let mut progress = |tiles| observe(&Event::Progress { tiles });
-    let run = engine.run_slide(&input.id, &plan, folder.path(), cancel, &mut progress)?;
-    if run.batch_size != asked {
-        record.notes.push(format!("memory sufficed for batches of {} tiles, not {asked}", run.batch_size));
+
+    /// Does the slide's work and fills its record as far as it gets.
+    fn fill(
+        &mut self,
+        record: &mut SlideRecord,
+        input: &SlideInput,
+        tiling: &TilingConfig,
+        redone_because: Option<&str>,
+    ) -> Result<(), EngineError> {
+        let slide = Slide::open(&input.path)?;
+        let plan = plan::plan(slide, tiling)?;
+        if self.cancel.is_cancelled() {
+            return Err(EngineError::Cancelled);
+        }
+        (self.observe)(&Event::SlidePlanned { id: &input.id, plan: &plan, redone_because });
+        record.notes.clone_from(&plan.notes);
+        record.reading = Some(reading(&plan));
+        record.coverage = Some(CoverageRecord {
+            grid: plan.grid_tiles,
+            inferred: 0,
+            background: plan.background_tiles,
+            unsampled: plan.unsampled_tiles,
+            failed: Vec::new(),
+        });
+        let asked = self.engine.batch_size;
+        let mut progress = |tiles| (self.observe)(&Event::Progress { tiles });
+        let run = self.engine.run_slide(&input.id, &plan, self.folder.path(), self.cancel, &mut progress)?;
+        if run.batch_size != asked {
+            record.notes.push(format!("memory sufficed for batches of {} tiles, not {asked}", run.batch_size));
+        }
+        if let Some(reading) = &mut record.reading {
+            reading.icc = icc_word(self.engine.config.icc, run.converts_colours).to_owned();
+        }
+        if plan.positions.is_empty() {
+            record.notes.push("no tile has enough tissue: nothing was inferred".to_owned());
+        }
+        record.timing = Some(timing(&run));
+        if let Some(coverage) = &mut record.coverage {
+            coverage.inferred = run.results.inferred;
+            coverage.failed = run.results.failed;
+        }
+        record.class_shares = run.results.class_shares.into_iter().collect();
+        record.outputs = run.results.outputs;
+        Ok(())
     }
-    if let Some(reading) = &mut record.reading {
-        reading.icc = icc_word(engine.config.icc, run.converts_colours).to_owned();
-    }
-    if plan.positions.is_empty() {
-        record.notes.push("no tile has enough tissue: nothing was inferred".to_owned());
-    }
-    record.timing = Some(timing(&run));
-    if let Some(coverage) = &mut record.coverage {
-        coverage.inferred = run.results.inferred;
-        coverage.failed = run.results.failed;
-    }
-    record.class_shares = run.results.class_shares.into_iter().collect();
-    record.outputs = run.results.outputs;
-    Ok(())
 }
 
 fn icc_word(asked: bool, applied: bool) -> &'static str {

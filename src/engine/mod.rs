@@ -1,6 +1,6 @@
 //! The composition root: slide, tissue, inference, stitching and outputs become one run.
 //!
-//! [`plan::plan`] decides which tiles of a slide are inferred, [`Engine::run_slide`] sends them through the stages,
+//! [`plan::plan`] decides which tiles of a slide are inferred, [`Engine`] sends them through the stages,
 //! [`cohort::run`] does so for many slides and keeps the account.
 
 pub mod cohort;
