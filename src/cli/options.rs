@@ -12,6 +12,7 @@ use clap::Args;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Failure;
+use super::progress::Style;
 use slidestream::engine::cohort::CohortOptions;
 use slidestream::engine::config::{Emit, OnFailure, TilingConfig, TissueSource};
 use slidestream::geometry::{Level0Rect, Mpp, Overlap};
@@ -125,6 +126,16 @@ pub(crate) struct RunOptions {
     /// Redo slides that are done
     #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Results")]
     force: Option<bool>,
+
+    /// Show what would be done, and write nothing
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    dry_run: Option<bool>,
+    /// Say nothing but errors
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    quiet: Option<bool>,
+    /// Progress as JSON lines on stderr
+    #[arg(long, num_args = 0, default_missing_value = "true", conflicts_with = "quiet")]
+    log_json: Option<bool>,
 
     /// classification, segmentation or features
     #[arg(long, value_name = "TASK", help_heading = "For a bare .onnx model")]
@@ -266,6 +277,20 @@ impl RunOptions {
     /// Whether ICC profiles are applied.
     pub(super) fn icc(&self) -> bool {
         self.icc.unwrap_or(false)
+    }
+
+    /// Whether only the plan is shown.
+    pub(super) fn dry_run(&self) -> bool {
+        self.dry_run.unwrap_or(false)
+    }
+
+    /// How progress is shown.
+    pub(super) fn progress(&self) -> Style {
+        match (self.quiet, self.log_json) {
+            (Some(true), _) => Style::Quiet,
+            (_, Some(true)) => Style::Json,
+            _ => Style::People,
+        }
     }
 
     /// How the cohort is run.

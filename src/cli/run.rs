@@ -15,7 +15,7 @@ use slidestream::report::{RunRecord, SlideRecord, Status};
 use slidestream::slide::Slide;
 
 use super::options::RunOptions;
-use super::progress::{Progress, Style};
+use super::progress::Progress;
 use super::{Failure, Outcome, prepare, show};
 
 /// Exit codes: 0 all done, 1 everything failed, 2 usage, 3 some slides or tiles failed, 130 interrupted
@@ -35,15 +35,6 @@ pub(super) struct Args {
     config: Option<PathBuf>,
     #[command(flatten)]
     options: RunOptions,
-    /// Show what would be done, and write nothing
-    #[arg(long)]
-    dry_run: bool,
-    /// Say nothing but errors
-    #[arg(long)]
-    quiet: bool,
-    /// Progress as JSON lines on stderr
-    #[arg(long, conflicts_with = "quiet")]
-    log_json: bool,
 }
 
 pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
@@ -55,7 +46,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     if let Some(path) = options.tiling.mpp_csv()? {
         inputs::add_mpp(&mut slides, &path)?;
     }
-    if args.dry_run {
+    if options.dry_run() {
         let card = ModelCard::load(&args.model, &options.bare_model()?)?;
         return Ok(dry_run(&slides, &prepare::config(&card, &options)?.tiling));
     }
@@ -76,14 +67,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let folder = OutputFolder::lock(&args.out)?;
     let mut run = prepare::run_record(&engine, &slides);
     folder.write_run(&run)?;
-    let style = if args.quiet {
-        Style::Quiet
-    } else if args.log_json {
-        Style::Json
-    } else {
-        Style::People
-    };
-    let mut progress = Progress::new(style, slides.len(), &args.out)?;
+    let mut progress = Progress::new(options.progress(), slides.len(), &args.out)?;
     progress.line(&format!("{}: {}", run.execution.device, run.execution.reason));
     progress.record(json!({ "event": "run started", "command": run.command, "execution": run.execution }));
     let summary =

@@ -212,3 +212,117 @@ pub(crate) fn bottleneck(stages: &[StageStats], duration: Duration) -> String {
         format!("{} ({:.0} % busy over {} workers)", stage.name, 100.0 * load(stage), stage.workers)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::cohort::{CohortOptions, OutputFolder};
+    use super::config::{Emit, OnFailure, TilingConfig, TissueSource};
+    use super::*;
+    use crate::inference::fake::Fault;
+    use crate::inference::{BareModel, FakeSession};
+    use crate::report::Status;
+    use crate::slide::synthetic::{Encoding, SvsOptions, SyntheticSlide};
+
+    const TILE: u32 = 64;
+
+    /// An engine over a made-up model; the card is that of the committed classifier, cut to the fake's outputs.
+    fn engine(batch_size: usize, fault: Option<(u64, Fault)>) -> Engine {
+        let mut card = ModelCard::load(Path::new("models/cells-vit"), &BareModel::default()).unwrap();
+        card.classes.truncate(FakeSession::CHANNELS);
+        card.background = None;
+        card.tile_size = TILE;
+        let mut session = FakeSession::new(Task::Classification, TILE as usize);
+        if let Some((tile, fault)) = fault {
+            session = session.with_fault(tile, fault);
+        }
+        let tiling = TilingConfig {
+            tile_size: TILE,
+            overlap: 0,
+            target_mpp: card.mpp,
+            mpp_tolerance: 0.05,
+            slide_mpp: None,
+            region: None,
+            max_tiles: None,
+            tissue: TissueSource::None,
+            min_tissue: 0.0,
+            coords: None,
+        };
+        let config = RunConfig {
+            tiling,
+            threshold: 0.5,
+            emit: vec![Emit::Csv],
+            on_tile_error: OnFailure::Fail,
+            on_nonfinite: OnFailure::Skip,
+            icc: false,
+        };
+        let model = ModelRecord {
+            name: "fake".to_owned(),
+            variant: "fp32".to_owned(),
+            file: String::new(),
+            sha256: String::new(),
+            task: card.task.to_string(),
+            classes: card.classes.iter().map(|class| class.name.clone()).collect(),
+        };
+        let execution = ExecutionRecord {
+            device: "cpu".to_owned(),
+            provider: "cpu".to_owned(),
+            reason: String::new(),
+            placement: BTreeMap::new(),
+            batch_size,
+            readers: 2,
+            sessions: 1,
+            threads_per_session: 1,
+        };
+        Engine {
+            card,
+            config,
+            sessions: vec![Box::new(session)],
+            factories: Vec::new(),
+            readers: NonZeroUsize::new(2).unwrap(),
+            batch_size: NonZeroUsize::new(batch_size).unwrap(),
+            model,
+            execution,
+        }
+    }
+
+    /// Runs over a slide of 640 × 320 px: 50 tiles.
+    fn run(engine: &mut Engine) -> (Status, crate::report::SlideRecord) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("slide.svs");
+        let options = SvsOptions { encoding: Encoding::Deflate, ..SvsOptions::default() };
+        SyntheticSlide::new(640, 320, 1).write(&path, &options).unwrap();
+        let slides = inputs::slides(&[path]).unwrap();
+        let out = OutputFolder::lock(&folder.path().join("out")).unwrap();
+        let cancel = Cancel::default();
+        let summary = cohort::run(engine, &slides, &out, CohortOptions::default(), &cancel, &mut |_| {}).unwrap();
+        summary.slides.into_iter().next().unwrap()
+    }
+
+    #[test]
+    fn memory_that_runs_out_lowers_the_batch_and_is_told() {
+        let mut engine = engine(16, Some((0, Fault::OutOfMemoryAbove(5))));
+        let (status, record) = run(&mut engine);
+        assert_eq!((status, record.error), (Status::Done, None));
+        assert_eq!(record.coverage.unwrap().inferred, 50);
+        assert_eq!(record.notes, ["memory sufficed for batches of 4 tiles, not 16"]);
+        assert_eq!(engine.execution().batch_size, 4);
+    }
+
+    #[test]
+    fn outputs_that_are_no_numbers_are_counted_and_placed() {
+        let (status, record) = run(&mut engine(8, Some((13, Fault::NotFinite))));
+        assert_eq!(status, Status::Done);
+        let coverage = record.coverage.unwrap();
+        assert_eq!((coverage.grid, coverage.inferred, coverage.failed.len()), (50, 49, 1));
+        // Tile 13 of 10 columns is the fourth of the second row.
+        assert_eq!(coverage.failed[0].rect, [3 * 64, 64, 64, 64]);
+        assert!(coverage.failed[0].reason.contains("NaN or infinite"));
+    }
+
+    #[test]
+    fn a_failing_session_fails_the_slide_and_leaves_no_file() {
+        let (status, record) = run(&mut engine(8, Some((20, Fault::Fail))));
+        assert_eq!(status, Status::Failed);
+        assert!(record.error.is_some() && record.outputs.is_empty() && record.timing.is_none());
+    }
+}
