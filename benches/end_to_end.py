@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`slidestream run` against the sum of its stages, each measured alone: how much of the machine a run uses.
 
-    benches/end_to_end.py SLIDE MODEL [--rounds 3] [--region X,Y,W,H]
+    benches/end_to_end.py SLIDE MODEL --region X,Y,W,H [--rounds 3]
 
 Rounds alternate between the two, so that a noisy machine is noisy for both. Ideal is cores / (sum of the stages'
 median core-seconds per tile); the ratio is the median rate of the runs over it. Everything measured is written to
@@ -22,7 +22,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("slide")
 parser.add_argument("model")
 parser.add_argument("--rounds", type=int, default=3)
-parser.add_argument("--region", help="run over this part of the slide alone")
+parser.add_argument("--region", required=True, help="both go over this part of the slide, X,Y,W,H")
 parser.add_argument("--name", help="of the result file")
 arguments = parser.parse_args()
 
@@ -37,11 +37,9 @@ slide, model = os.path.abspath(arguments.slide), os.path.abspath(arguments.model
 
 rounds = []
 for number in range(arguments.rounds):
-    stages = json.loads(subprocess.run([stages_binary, slide, model], check=True, capture_output=True, cwd=ROOT).stdout)
+    stages = json.loads(subprocess.run([stages_binary, slide, model, arguments.region], check=True, capture_output=True, cwd=ROOT).stdout)
     with tempfile.TemporaryDirectory() as out:
-        command = [slidestream, "run", slide, "--model", model, "--out", out, "--quiet"]
-        if arguments.region:
-            command += ["--region", arguments.region]
+        command = [slidestream, "run", slide, "--model", model, "--region", arguments.region, "--out", out, "--quiet"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         (record,) = glob.glob(out + "/slides/*.json")
         record, run = json.load(open(record)), json.load(open(out + "/run.json"))
@@ -50,12 +48,8 @@ for number in range(arguments.rounds):
 
 cores = len(os.sched_getaffinity(0))
 per_stage = {
-    stage: statistics.median(sample for entry in rounds for sample in entry["stages"][stage])
-    for stage in rounds[0]["stages"]
+    stage: statistics.median(entry["stages"][stage] for entry in rounds) for stage in rounds[0]["stages"]
 }
-# Rows leave in bursts, so the median of these two would hide them.
-for stage in ("stitch", "write"):
-    per_stage[stage] = statistics.mean(sample for entry in rounds for sample in entry["stages"][stage])
 ideal = cores / sum(per_stage.values())
 reached = statistics.median(entry["timing"]["tiles_per_sec"] for entry in rounds)
 result = {
