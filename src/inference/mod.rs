@@ -8,6 +8,7 @@ pub mod card;
 mod contract;
 pub mod device;
 mod error;
+pub mod evaluate;
 pub mod fake;
 pub mod ort;
 mod pixels;
@@ -21,6 +22,7 @@ pub use card::{Activation, BareModel, Class, ModelCard, Pool, Task, Variant};
 pub use contract::{Contract, Layout};
 pub use device::{Device, DeviceRequest, Provider, ProviderRequest};
 pub use error::{ModelError, SessionError};
+pub use evaluate::evaluate;
 pub use fake::FakeSession;
 
 /// Something that predicts tiles: ONNX Runtime, or a fake for tests.

@@ -30,6 +30,30 @@ impl From<f32> for Attribute {
     }
 }
 
+impl From<f64> for Attribute {
+    /// ONNX knows 32-bit numbers only.
+    fn from(value: f64) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "said above")]
+        let value = value as f32;
+        value.into()
+    }
+}
+
+impl From<&str> for Attribute {
+    fn from(value: &str) -> Self {
+        let bytes = value.as_bytes().to_vec();
+        Self(AttributeProto { r#type: Some(AttributeType::String.into()), s: Some(bytes), ..Default::default() })
+    }
+}
+
+impl Attribute {
+    /// The attribute under its name, as a node holds it.
+    #[must_use]
+    pub fn named(self, name: &str) -> AttributeProto {
+        AttributeProto { name: Some(name.to_owned()), ..self.0 }
+    }
+}
+
 /// An attribute that is a list of integers.
 #[must_use]
 pub fn ints(values: &[i64]) -> Attribute {
@@ -102,16 +126,12 @@ impl Graph {
     }
 
     fn push(&mut self, op: &str, inputs: &[&str], output: &str, attributes: &[(&str, Attribute)]) {
-        let named = |(name, attribute): &(&str, Attribute)| AttributeProto {
-            name: Some((*name).to_owned()),
-            ..attribute.0.clone()
-        };
         self.0.node.push(NodeProto {
             name: Some(format!("{op}_{}", self.0.node.len())),
             op_type: Some(op.to_owned()),
             input: inputs.iter().map(|&input| input.to_owned()).collect(),
             output: vec![output.to_owned()],
-            attribute: attributes.iter().map(named).collect(),
+            attribute: attributes.iter().map(|(name, attribute)| attribute.clone().named(name)).collect(),
             ..Default::default()
         });
     }

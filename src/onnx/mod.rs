@@ -3,7 +3,11 @@
 //! [`Model`] is a thin shell around the protobuf message, so that whatever a model holds survives load and save.
 
 pub mod build;
+pub mod passes;
 pub mod proto;
+mod rewriter;
+mod tensor;
+mod weights;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,6 +18,9 @@ use prost::Message as _;
 
 use proto::tensor_proto::{DataLocation, DataType};
 use proto::{GraphProto, ModelProto, TensorProto, ValueInfoProto, type_proto};
+
+pub use rewriter::{MICROSOFT, NodeId, RewriteError, Rewriter, SUPPORTED_OPSETS};
+pub use tensor::{Tensor, TensorError, Values};
 
 /// A model file that can't be read, or is no ONNX model.
 #[derive(Debug, thiserror::Error)]
@@ -136,10 +143,20 @@ pub enum ElementType {
     F32,
     /// 16-bit IEEE float.
     F16,
+    /// 64-bit float.
+    F64,
+    /// 16-bit float with the exponent of a 32-bit one.
+    Bf16,
     /// Unsigned byte.
     U8,
+    /// Signed byte.
+    I8,
+    /// 32-bit integer.
+    I32,
     /// 64-bit integer.
     I64,
+    /// Truth value.
+    Bool,
     /// Any other, by its number in the ONNX schema; 0 is undefined.
     Other(i32),
 }
@@ -151,8 +168,13 @@ impl ElementType {
         match DataType::try_from(number) {
             Ok(DataType::Float) => Self::F32,
             Ok(DataType::Float16) => Self::F16,
+            Ok(DataType::Double) => Self::F64,
+            Ok(DataType::Bfloat16) => Self::Bf16,
             Ok(DataType::Uint8) => Self::U8,
+            Ok(DataType::Int8) => Self::I8,
+            Ok(DataType::Int32) => Self::I32,
             Ok(DataType::Int64) => Self::I64,
+            Ok(DataType::Bool) => Self::Bool,
             _ => Self::Other(number),
         }
     }
@@ -163,8 +185,13 @@ impl ElementType {
         match self {
             Self::F32 => DataType::Float.into(),
             Self::F16 => DataType::Float16.into(),
+            Self::F64 => DataType::Double.into(),
+            Self::Bf16 => DataType::Bfloat16.into(),
             Self::U8 => DataType::Uint8.into(),
+            Self::I8 => DataType::Int8.into(),
+            Self::I32 => DataType::Int32.into(),
             Self::I64 => DataType::Int64.into(),
+            Self::Bool => DataType::Bool.into(),
             Self::Other(number) => number,
         }
     }
@@ -332,15 +359,7 @@ impl Model {
     /// # Errors
     /// [`OnnxError::Write`] with the system's reason.
     pub fn save(&self, path: &Path) -> Result<(), OnnxError> {
-        let write = || {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let mut file = tempfile::Builder::new().prefix(".onnx-").tempfile_in(folder)?;
-            file.write_all(&self.to_bytes())?;
-            file.as_file().sync_all()?;
-            file.persist(path)?;
-            Ok(())
-        };
-        write().map_err(|source| OnnxError::Write { path: path.to_owned(), source })
+        save_atomically(path, |file| file.write_all(&self.to_bytes()))
     }
 
     /// The inputs that a caller must give, without the weights that old exporters list among them.
@@ -411,6 +430,22 @@ impl Model {
     fn graph(&self) -> Option<&GraphProto> {
         self.proto.graph.as_ref()
     }
+}
+
+/// Writes a file under a temporary name first, then renames it.
+fn save_atomically(
+    path: &Path,
+    write: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>,
+) -> Result<(), OnnxError> {
+    let save = || {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut file = tempfile::Builder::new().prefix(".onnx-").tempfile_in(folder)?;
+        write(file.as_file_mut())?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    save().map_err(|source| OnnxError::Write { path: path.to_owned(), source })
 }
 
 fn external_location(tensor: &TensorProto) -> Option<&str> {
@@ -519,7 +554,7 @@ mod tests {
     fn attributes_of_every_kind_are_kept() {
         let mut graph = Graph::new("attributes");
         let input = graph.input("x", ElementType::F32, &[1.into()]);
-        let node = graph.node("Fancy", &[&input], &[("i", 3.into()), ("f", 0.5.into()), ("l", ints(&[1, 2]))]);
+        let node = graph.node("Fancy", &[&input], &[("i", 3.into()), ("f", 0.5_f32.into()), ("l", ints(&[1, 2]))]);
         graph.output("y", &node, ElementType::F32, &[1.into()]);
         let model = graph.finish();
         let attributes = &model.proto().graph.as_ref().unwrap().node[0].attribute;
