@@ -6,6 +6,7 @@ pub mod build;
 pub mod passes;
 pub mod proto;
 mod rewriter;
+mod shapes;
 mod tensor;
 mod weights;
 
@@ -20,6 +21,7 @@ use proto::tensor_proto::{DataLocation, DataType};
 use proto::{GraphProto, ModelProto, TensorProto, ValueInfoProto, type_proto};
 
 pub use rewriter::{MICROSOFT, NodeId, RewriteError, Rewriter, SUPPORTED_OPSETS};
+pub use shapes::Shapes;
 pub use tensor::{Tensor, TensorError, Values};
 
 /// A model file that can't be read, or is no ONNX model.

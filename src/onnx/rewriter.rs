@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::proto::attribute_proto::AttributeType;
-use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
+use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
 use super::tensor::{Tensor, TensorError};
 use super::{ElementType, Model};
 
@@ -527,6 +527,24 @@ impl Rewriter {
     /// The model without nodes and constants, to be changed: inputs, outputs, metadata.
     pub fn frame(&mut self) -> &mut ModelProto {
         &mut self.model
+    }
+
+    /// The part of the model that gives `values`, which become its outputs.
+    ///
+    /// # Errors
+    /// [`RewriteError::Cycle`] if a pass tied a knot.
+    pub fn extract(&self, values: &[String]) -> Result<Model, RewriteError> {
+        let mut part = self.clone();
+        let output = |name: &String| ValueInfoProto { name: Some(name.clone()), ..Default::default() };
+        part.model.graph.get_or_insert_default().output = values.iter().map(output).collect();
+        part.outputs = values.iter().cloned().collect();
+        part.pinned = part.outputs.union(&part.inputs).cloned().collect();
+        let mut model = part.finish()?;
+        let graph = model.proto.graph.get_or_insert_default();
+        let is_read = |name: &str| graph.node.iter().any(|node| node.input.iter().any(|input| input == name));
+        let read: Vec<_> = graph.input.iter().filter(|input| is_read(input.name())).cloned().collect();
+        graph.input = read;
+        Ok(model)
     }
 
     /// Renames an input of the model for all who read it, as when a pass puts a node between.
