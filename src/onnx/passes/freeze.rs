@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use super::{EvaluateError, PassReport};
-use crate::onnx::{Model, NodeId, RewriteError, Rewriter, Tensor, Values};
+use crate::onnx::{Model, NodeId, RewriteError, Rewriter, Shapes, Tensor, Values};
 
 /// Results larger than this stay computed, unless they are no larger than what they are made of.
 const LARGEST_BYTES: usize = 1 << 20;
@@ -43,9 +43,12 @@ pub fn freeze(
         cases.extend(evaluate(&model, case)?);
     }
     let Some((first, others)) = cases.split_first() else { return Ok(report) };
+    let (question, asked) = Shapes::question(rewriter)?;
+    let answer = evaluate(&question, Case::Batch(2))?.unwrap_or_default();
+    let shapes = Shapes::from_answer(asked, &answer);
     for (index, (id, value)) in candidates.into_iter().enumerate() {
         let others: Vec<&Tensor> = others.iter().map(|outputs| &outputs[index]).collect();
-        let (frozen, what) = match verdict(rewriter, &value, &first[index], &others) {
+        let (frozen, what) = match verdict(rewriter, &shapes, &value, &first[index], &others) {
             Ok(frozen) => frozen,
             Err(why) => {
                 report.keep(rewriter, id, why);
@@ -63,6 +66,7 @@ pub fn freeze(
 /// The constant that takes the value's place with what to say of it, or why there is none.
 fn verdict(
     rewriter: &Rewriter,
+    shapes: &Shapes,
     value: &str,
     first: &Tensor,
     others: &[&Tensor],
@@ -74,7 +78,14 @@ fn verdict(
         }
         return Ok((first.clone(), format!("a constant of dimensions {:?}", first.dims)));
     }
-    let is_shape = rewriter.consumers(value).iter().all(|id| rewriter.is(*id, "Reshape") && rewriter.input(*id, 1) == value);
+    if let Some(one) = one_number(first, others)
+        && rewriter.consumers(value).iter().all(|id| is_broadcast(rewriter, shapes, *id, value))
+        && !rewriter.is_pinned(value)
+    {
+        return Ok((one, "one number, the same everywhere".to_owned()));
+    }
+    let is_shape =
+        rewriter.consumers(value).iter().all(|id| rewriter.is(*id, "Reshape") && rewriter.input(*id, 1) == value);
     let varies = || "depends on the batch".to_owned();
     let (true, false, Values::I64(sizes)) = (is_shape, rewriter.is_pinned(value), &first.values) else {
         return Err(varies());
@@ -91,6 +102,23 @@ fn verdict(
         }
         _ => Err(varies()),
     }
+}
+
+/// The number that all elements are for all inputs, as a tensor of one element that broadcasts to the same.
+fn one_number(first: &Tensor, others: &[&Tensor]) -> Option<Tensor> {
+    let number = *first.to_f32()?.first()?;
+    let is_everywhere =
+        |tensor: &Tensor| tensor.to_f32().is_some_and(|values| values.iter().all(|value| *value == number));
+    let all = is_everywhere(first) && others.iter().all(|other| is_everywhere(other));
+    (all && matches!(first.values, Values::F32(_))).then(|| Tensor::f32(&vec![1; first.dims.len()], vec![number]))
+}
+
+/// True if a node computes element by element, and another input alone gives its output the size that it has.
+fn is_broadcast(rewriter: &Rewriter, shapes: &Shapes, id: NodeId, value: &str) -> bool {
+    let is_elementwise = ["Add", "Sub", "Mul", "Div"].iter().any(|op| rewriter.is(id, op));
+    let dims = shapes.of(rewriter.output(id, 0));
+    let mut others = rewriter.node(id).input.iter().filter(|input| *input != value);
+    is_elementwise && dims.is_some() && others.any(|other| shapes.of(other) == dims)
 }
 
 /// Bytes of the constants that a value is made of.
@@ -125,9 +153,8 @@ fn candidates(rewriter: &Rewriter) -> Result<Vec<(NodeId, String)>, RewriteError
         }
     }
     let made_set: HashSet<NodeId> = made.iter().copied().collect();
-    let leaves = |value: &str| {
-        rewriter.is_pinned(value) || rewriter.consumers(value).iter().any(|id| !made_set.contains(id))
-    };
+    let leaves =
+        |value: &str| rewriter.is_pinned(value) || rewriter.consumers(value).iter().any(|id| !made_set.contains(id));
     let outputs = made.iter().flat_map(|id| rewriter.node(*id).output.iter().map(move |output| (*id, output)));
     let leaving = outputs.filter(|(_, value)| !value.is_empty() && !rewriter.is_output(value) && leaves(value));
     Ok(leaving.map(|(id, value)| (id, value.clone())).collect())
@@ -175,7 +202,10 @@ mod tests {
         assert_eq!(found, ["Concat Concat_2: the shape [-1, 8, 6]", "Mul Mul_4: a constant of dimensions [1]"]);
         assert_eq!(freeze(&mut rewriter, &mut evaluate_images).unwrap().applied(), 0);
         let folded = rewriter.finish().unwrap();
-        assert_eq!(folded.op_counts().keys().map(String::as_str).collect::<Vec<_>>(), ["Identity", "Mul", "Reshape", "Shape"]);
+        assert_eq!(
+            folded.op_counts().keys().map(String::as_str).collect::<Vec<_>>(),
+            ["Identity", "Mul", "Reshape", "Shape"]
+        );
         for batch in [1, 5] {
             let run = |model: &Model| evaluate_images(model, Case::Batch(batch)).unwrap().unwrap();
             assert_eq!(run(&folded), run(&model()));

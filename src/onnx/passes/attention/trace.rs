@@ -206,7 +206,9 @@ impl Path {
     /// Where the value's elements lie in the source, which has these dimensions.
     pub(super) fn elements(&self, rewriter: &Rewriter, dims: &[usize]) -> Option<Elements> {
         let steps = self.nodes.iter().rev();
-        steps.into_iter().try_fold(Elements::all(dims), |elements, (id, output)| elements.through(rewriter, *id, *output))
+        steps
+            .into_iter()
+            .try_fold(Elements::all(dims), |elements, (id, output)| elements.through(rewriter, *id, *output))
     }
 }
 
