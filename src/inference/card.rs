@@ -9,13 +9,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::device::Provider;
 use super::error::ModelError;
-use super::{bare, wsinfer};
-use crate::geometry::{Mpp, Overlap};
+use super::{bare, card_file, wsinfer};
+use crate::geometry::Mpp;
 use crate::onnx::Model;
 
 /// The version of the card's schema that is read.
@@ -25,7 +25,7 @@ pub const SCHEMA: u32 = 1;
 const MAX_TILE_SIZE: u32 = 16_384;
 
 /// What a model predicts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Task {
     /// One score per class and tile.
@@ -58,7 +58,7 @@ impl FromStr for Task {
 }
 
 /// What turns the model's raw outputs into probabilities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activation {
     /// Classes exclude each other: their scores sum to 1.
@@ -91,7 +91,7 @@ impl FromStr for Activation {
 }
 
 /// How the tokens `[t, d]` of a vision transformer become one vector.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pool {
     /// The first token: `[d]`.
     #[serde(rename = "cls")]
@@ -148,6 +148,8 @@ pub struct Variant {
     pub provider: Option<Provider>,
     /// Options that go with that provider.
     pub options: BTreeMap<String, String>,
+    /// What its maker says of it: what it needs, what it was measured to be; shown, not interpreted.
+    pub note: Option<String>,
 }
 
 impl Variant {
@@ -275,7 +277,7 @@ impl ModelCard {
         if file.extension().is_some_and(|extension| extension == "json") {
             wsinfer::card(&text, &file)
         } else {
-            from_toml(&text, &file)
+            card_file::from_toml(&text, &file)
         }
     }
 
@@ -396,8 +398,14 @@ pub(super) fn load_hashed(path: &Path) -> Result<(Model, String), ModelError> {
 /// The one variant of a model that has no card of ours.
 pub(super) fn only_variant(file: &Path, sha256: String) -> BTreeMap<String, Variant> {
     let name = "fp32".to_owned();
-    let variant =
-        Variant { name: name.clone(), file: file.to_owned(), sha256, provider: None, options: BTreeMap::new() };
+    let variant = Variant {
+        name: name.clone(),
+        file: file.to_owned(),
+        sha256,
+        provider: None,
+        options: BTreeMap::new(),
+        note: None,
+    };
     BTreeMap::from([(name, variant)])
 }
 
@@ -443,136 +451,6 @@ fn read_text(path: &Path) -> Result<String, ModelError> {
     std::fs::read_to_string(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })
 }
 
-/// `card.toml` as it is written.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CardFile {
-    schema: u32,
-    name: String,
-    #[serde(default)]
-    description: String,
-    task: Task,
-    tile_size: u32,
-    mpp: f64,
-    mean: [f32; 3],
-    std: [f32; 3],
-    overlap: Option<String>,
-    activation: Option<Activation>,
-    background: Option<String>,
-    pool: Option<Pool>,
-    register_tokens: Option<usize>,
-    resize: Option<u32>,
-    licence: Option<String>,
-    source: Option<String>,
-    #[serde(default)]
-    classes: Vec<ClassEntry>,
-    variants: BTreeMap<String, VariantEntry>,
-    #[serde(default)]
-    metrics: toml::Table,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ClassEntry {
-    name: String,
-    color: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct VariantEntry {
-    file: String,
-    sha256: String,
-    provider: Option<String>,
-    #[serde(default)]
-    options: BTreeMap<String, String>,
-}
-
-fn from_toml(text: &str, path: &Path) -> Result<ModelCard, ModelError> {
-    let toml_error = |source| ModelError::Toml { path: path.to_owned(), source };
-    let value = |key: &str, problem: String| ModelError::Value { path: path.to_owned(), key: key.to_owned(), problem };
-    // Before anything else, so that a card of a later version isn't called wrong for its new keys.
-    let table: toml::Table = text.parse().map_err(toml_error)?;
-    match table.get("schema").and_then(toml::Value::as_integer) {
-        Some(schema) if schema != i64::from(SCHEMA) => {
-            return Err(value("schema", format!("is {schema}, but this program reads {SCHEMA}")));
-        }
-        _ => {}
-    }
-    let file: CardFile = toml::from_str(text).map_err(toml_error)?;
-    debug_assert_eq!(file.schema, SCHEMA);
-
-    let mpp = Mpp::new(file.mpp).map_err(|error| value("mpp", format!("is {error}")))?;
-    // One that is no smaller than the tile is reported with the other values, below.
-    let overlap = match &file.overlap {
-        Some(text) => {
-            let overlap: Overlap = text.parse().map_err(|error| value("overlap", format!("is wrong: {error}")))?;
-            overlap.in_pixels(file.tile_size)
-        }
-        None => 0,
-    };
-    let mut classes = Vec::with_capacity(file.classes.len());
-    for ClassEntry { name, color } in file.classes {
-        let wrong = || value("classes", format!("gives {name:?} the colour {color:?}, which is not like #e8e8e8"));
-        let color = parse_color(&color).ok_or_else(wrong)?;
-        classes.push(Class { name, color });
-    }
-    let background = index_of(file.background.as_deref(), &classes, path)?;
-    let folder = path.parent().unwrap_or(Path::new(""));
-    let variants = file
-        .variants
-        .into_iter()
-        .map(|(name, entry)| Ok((name.clone(), entry.resolve(name, folder, path)?)))
-        .collect::<Result<_, ModelError>>()?;
-    let activation = match (file.activation, file.task) {
-        (Some(activation), _) => activation,
-        (None, Task::Features) => Activation::None,
-        (None, _) => return Err(value("activation", "is missing: softmax, sigmoid or none".to_owned())),
-    };
-    ModelCard {
-        path: path.to_owned(),
-        name: file.name,
-        description: file.description,
-        task: file.task,
-        tile_size: file.tile_size,
-        mpp,
-        mean: file.mean,
-        std: file.std,
-        overlap,
-        activation,
-        classes,
-        background,
-        pool: file.pool,
-        register_tokens: file.register_tokens.unwrap_or(0),
-        resize: file.resize,
-        licence: file.licence,
-        source: file.source,
-        variants,
-        metrics: file.metrics,
-    }
-    .validate()
-}
-
-impl VariantEntry {
-    fn resolve(self, name: String, folder: &Path, card: &Path) -> Result<Variant, ModelError> {
-        let wrong = |key: &str, problem: String| ModelError::Value {
-            path: card.to_owned(),
-            key: format!("variants.{name}.{key}"),
-            problem,
-        };
-        let sha256 = self.sha256.to_lowercase();
-        if sha256.len() != 64 || !sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(wrong("sha256", format!("is {sha256:?}, not 64 hexadecimal digits")));
-        }
-        let provider = self.provider.as_deref().map(str::parse).transpose();
-        let provider = provider.map_err(|error: String| wrong("provider", format!("is wrong: {error}")))?;
-        if self.options.iter().any(|(key, value)| key.is_empty() || key.contains('\0') || value.contains('\0')) {
-            return Err(wrong("options", "has an empty key or a NUL character".to_owned()));
-        }
-        Ok(Variant { file: folder.join(self.file), sha256, provider, options: self.options, name })
-    }
-}
-
 /// The position of the class that is not drawn.
 pub(super) fn index_of(name: Option<&str>, classes: &[Class], path: &Path) -> Result<Option<usize>, ModelError> {
     let Some(name) = name else { return Ok(None) };
@@ -586,105 +464,10 @@ pub(super) fn index_of(name: Option<&str>, classes: &[Class], path: &Path) -> Re
     }
 }
 
-fn parse_color(text: &str) -> Option<[u8; 3]> {
-    let digits = text.strip_prefix('#').filter(|digits| digits.len() == 6 && digits.is_ascii())?;
-    let part = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16).ok();
-    Some([part(0)?, part(2)?, part(4)?])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    pub(in crate::inference) const CARD: &str = r##"
-schema = 1
-name = "cells"
-description = "cells or not"
-task = "segmentation"
-tile_size = 256
-mpp = 0.5
-mean = [0.5, 0.5, 0.5]
-std = [0.5, 0.5, 0.5]
-overlap = "25%"
-activation = "softmax"
-background = "background"
-licence = "MIT"
-source = "here"
-classes = [ { name = "background", color = "#e8e8e8" }, { name = "cell", color = "#FF0010" } ]
-[variants.fp32]
-file = "cells.onnx"
-sha256 = "00000000000000000000000000000000000000000000000000000000000000AA"
-provider = "cuda"
-[variants.fp32.options]
-prefer_nhwc = "1"
-[metrics]
-dice = 0.8
-"##;
-
-    fn parse(text: &str) -> Result<ModelCard, ModelError> {
-        from_toml(text, Path::new("m/card.toml"))
-    }
-
-    #[test]
-    fn every_key_of_a_card_is_read() {
-        let card = parse(CARD).unwrap();
-        assert_eq!((card.task, card.tile_size, card.mpp.get(), card.overlap), (Task::Segmentation, 256, 0.5, 64));
-        assert_eq!(card.background, Some(0));
-        assert_eq!(card.classes[1], Class { name: "cell".to_owned(), color: [255, 0, 16] });
-        let variant = card.default_variant().unwrap();
-        assert_eq!(variant.file, Path::new("m/cells.onnx"));
-        assert!(variant.sha256.ends_with("aa"));
-        assert_eq!(variant.provider, Some(Provider::Cuda));
-        assert_eq!(variant.options["prefer_nhwc"], "1");
-        assert_eq!(card.metrics["dice"].as_float(), Some(0.8));
-    }
-
-    #[test]
-    fn a_wrong_card_is_told_file_and_key() {
-        let features = "task = \"features\"";
-        let cases = [
-            ("schema = 1", "schema = 2", "m/card.toml: `schema` is 2, but this program reads 1"),
-            ("name = \"cells\"", "nome = \"cells\"", "unknown field `nome`"),
-            ("tile_size = 256", "", "missing field `tile_size`"),
-            ("tile_size = 256", "tile_size = 0", "`tile_size` is 0, not 1 to 16384 pixels"),
-            ("tile_size = 256", "tile_size = 99999", "`tile_size` is 99999, not"),
-            ("mpp = 0.5", "mpp = 0.0", "`mpp` is \"0\" is no resolution"),
-            ("mean = [0.5, 0.5, 0.5]", "mean = [127, 127, 127]", "`mean` is [127.0, 127.0, 127.0], but is of RGB/255"),
-            ("std = [0.5, 0.5, 0.5]", "std = [0.5, 0.0, 0.5]", "`std` is"),
-            ("std = [0.5, 0.5, 0.5]", "std = [0.5, nan, 0.5]", "`std` is"),
-            ("mean = [0.5, 0.5, 0.5]", "mean = [0.5, 0.5]", "invalid length 2"),
-            ("\"25%\"", "\"256px\"", "`overlap` is 256 px, not less than the tile's 256"),
-            ("\"25%\"", "\"100%\"", "is no overlap"),
-            ("\"softmax\"", "\"tanh\"", "unknown variant `tanh`"),
-            ("activation = \"softmax\"", "", "`activation` is missing"),
-            ("background = \"background\"", "background = \"glass\"", "`background` is \"glass\", which is not one"),
-            ("#e8e8e8", "grey", "`classes` gives \"background\" the colour \"grey\""),
-            ("#e8e8e8", "#é8e8", "the colour \"#é8e8\""),
-            ("name = \"cell\"", "name = \"background\"", "`classes` names \"background\" twice"),
-            ("name = \"cell\"", "name = \" \"", "`classes` has no name for class 1"),
-            ("task = \"segmentation\"", features, "`classes` are named, but features have none"),
-            ("licence = \"MIT\"", "pool = \"cls\"", "`pool` is for features, not for segmentation"),
-            ("licence = \"MIT\"", "resize = 224", "`resize` would change the size of the map"),
-            ("sha256 = \"00", "sha256 = \"0x", "`variants.fp32.sha256` is"),
-            ("provider = \"cuda\"", "provider = \"cudda\"", "`variants.fp32.provider` is wrong"),
-            ("prefer_nhwc = \"1\"", "prefer_nhwc = 1", "expected a string"),
-        ];
-        for (from, to, expected) in cases {
-            assert!(CARD.contains(from), "{from}");
-            let error = parse(&CARD.replacen(from, to, 1)).unwrap_err();
-            let text =
-                format!("{error}: {}", std::error::Error::source(&error).map_or(String::new(), |s| s.to_string()));
-            assert!(text.contains(expected), "{to}: {text}");
-            assert!(text.contains("m/card.toml"), "{text}");
-        }
-    }
-
-    #[test]
-    fn one_class_needs_sigmoid() {
-        let one = CARD.replace(", { name = \"cell\", color = \"#FF0010\" }", "");
-        assert!(parse(&one).unwrap_err().to_string().contains("sigmoid is meant"));
-        assert_eq!(parse(&one.replace("softmax", "sigmoid")).unwrap().classes.len(), 1);
-    }
+    use crate::inference::card_file::tests::{CARD, parse};
 
     #[test]
     fn an_unknown_variant_lists_those_there_are() {

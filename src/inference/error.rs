@@ -50,6 +50,14 @@ pub enum ModelError {
         /// The value and what is wrong with it.
         problem: String,
     },
+    /// The card can't be written as a `card.toml`.
+    #[error("{}: can't be written as a card: {problem}", path.display())]
+    Unwritable {
+        /// Where the card came from.
+        path: PathBuf,
+        /// Which value, and why.
+        problem: String,
+    },
     /// The card says one thing and the model's graph another.
     #[error("{}: `{key}` contradicts the model: {problem}", path.display())]
     Contradiction {

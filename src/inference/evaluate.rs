@@ -1,4 +1,4 @@
-//! Runs a model once on the CPU as it is written, and returns every output: for passes that need to know values, and
+//! Runs a model on the CPU as it is written, and returns every output: for passes that need to know values, and
 //! for proofs that a rewritten model computes what the original does.
 
 use half::{bf16, f16};
@@ -10,25 +10,50 @@ use ort::value::{DynValue, PrimitiveTensorElementType, Tensor as OrtTensor, Valu
 use crate::native;
 use crate::onnx::{Model, Tensor, Values};
 
-/// Runs `model` with the named inputs, without any optimisation of ONNX Runtime's; the outputs come in the order of
-/// the graph.
+/// A model that is run as it is written, without any optimisation of ONNX Runtime's.
+pub struct Evaluator {
+    session: Session,
+    /// The outputs, in the order of the graph.
+    outputs: Vec<String>,
+}
+
+impl Evaluator {
+    /// Opens `model`.
+    ///
+    /// # Errors
+    /// ONNX Runtime's reason not to.
+    pub fn open(model: &Model) -> Result<Self, ort::Error> {
+        let environment = native::onnx_environment().map_err(ort::Error::wrap)?;
+        let builder = Session::builder(environment)?.with_optimization_level(GraphOptimizationLevel::Disable)?;
+        let mut builder = builder.with_intra_op_spinning(false)?;
+        // Through a file, because beyond 2 GiB a model can't be handed over in memory.
+        let folder = tempfile::tempdir().map_err(ort::Error::wrap)?;
+        let file = folder.path().join("model.onnx");
+        model.clone().save_with_weights(&file).map_err(ort::Error::wrap)?;
+        let session = builder.commit_from_file(&file)?;
+        let outputs = session.outputs().iter().map(|output| output.name().to_owned()).collect();
+        Ok(Self { session, outputs })
+    }
+
+    /// Runs the model with the named inputs; the outputs come in the order of the graph.
+    ///
+    /// # Errors
+    /// ONNX Runtime's, also if an output is of a type that [`Values`] does not have.
+    pub fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, ort::Error> {
+        let inputs = inputs.iter().map(|(name, tensor)| Ok((*name, input(tensor)?)));
+        let inputs = inputs.collect::<Result<Vec<(&str, SessionInputValue<'_>)>, ort::Error>>()?;
+        let outputs = self.session.run(inputs)?;
+        self.outputs.iter().map(|name| output(&outputs[name.as_str()], name)).collect()
+    }
+}
+
+/// Runs `model` once; see [`Evaluator`].
 ///
 /// # Errors
-/// ONNX Runtime's, also if an output is of a type that [`Values`] does not have.
+/// ONNX Runtime's.
 pub fn evaluate(model: &Model, inputs: &[(&str, Tensor)]) -> Result<Vec<Tensor>, ort::Error> {
-    let environment = native::onnx_environment().map_err(ort::Error::wrap)?;
-    let builder = Session::builder(environment)?.with_optimization_level(GraphOptimizationLevel::Disable)?;
-    let mut builder = builder.with_intra_op_spinning(false)?;
-    // Beyond 2 GiB a model can't be handed over in memory.
-    let folder = tempfile::tempdir().map_err(ort::Error::wrap)?;
-    let file = folder.path().join("model.onnx");
-    model.clone().save_with_weights(&file).map_err(ort::Error::wrap)?;
-    let mut session = builder.commit_from_file(&file)?;
-    let names: Vec<String> = session.outputs().iter().map(|output| output.name().to_owned()).collect();
-    let inputs = inputs.iter().map(|(name, tensor)| Ok((*name, input(tensor)?)));
-    let inputs = inputs.collect::<Result<Vec<(&str, SessionInputValue<'_>)>, ort::Error>>()?;
-    let outputs = session.run(inputs)?;
-    names.iter().map(|name| output(&outputs[name.as_str()], name)).collect()
+    let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    Evaluator::open(model)?.run(&inputs)
 }
 
 fn input(tensor: &Tensor) -> Result<SessionInputValue<'static>, ort::Error> {

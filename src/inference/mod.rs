@@ -5,6 +5,7 @@
 mod activation;
 mod bare;
 pub mod card;
+mod card_file;
 mod contract;
 pub mod device;
 mod error;
@@ -22,7 +23,7 @@ pub use card::{Activation, BareModel, Class, ModelCard, Pool, Task, Variant};
 pub use contract::{Contract, Layout};
 pub use device::{Device, DeviceRequest, Provider, ProviderRequest};
 pub use error::{ModelError, SessionError};
-pub use evaluate::evaluate;
+pub use evaluate::{Evaluator, evaluate};
 pub use fake::FakeSession;
 
 /// Something that predicts tiles: ONNX Runtime, or a fake for tests.
