@@ -14,6 +14,7 @@
 pub mod engine;
 pub mod geometry;
 pub mod inference;
+pub mod measure;
 pub mod native;
 pub mod onnx;
 pub mod output;

@@ -1,0 +1,13 @@
+//! The arithmetic of comparing: repeated times, agreement of two models, accuracy against labels, and how sure they are.
+//!
+//! Pure functions on numbers; what is measured, and when, is decided elsewhere.
+
+mod accuracy;
+mod agreement;
+mod bootstrap;
+mod samples;
+
+pub use accuracy::{Confusion, auc, auc_one_vs_rest};
+pub use agreement::{cosine, flips, max_abs_difference, non_finite, predicted_class, top1_agreement};
+pub use bootstrap::{Bootstrap, Interval};
+pub use samples::{Samples, Summary, percentile};
