@@ -12,6 +12,7 @@
 //! Both native libraries, ONNX Runtime and OpenSlide, are found at run time: see [`native`].
 
 pub mod engine;
+pub mod experiment;
 pub mod geometry;
 pub mod inference;
 pub mod measure;

@@ -153,6 +153,16 @@ pub struct Variant {
 }
 
 impl Variant {
+    /// A variant of that name in a file that is there, for any provider.
+    ///
+    /// # Errors
+    /// [`ModelError`] if the file can't be read.
+    pub fn of_file(name: &str, file: &Path) -> Result<Self, ModelError> {
+        let (_, sha256) = load_hashed(file)?;
+        let (name, file, options) = (name.to_owned(), file.to_owned(), BTreeMap::new());
+        Ok(Self { name, file, sha256, provider: None, options, note: None })
+    }
+
     /// Reads the model and makes sure that it is the one that the card was written for.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ pub use device::{Device, DeviceRequest, Provider, ProviderRequest};
 pub use error::{ModelError, SessionError};
 pub use evaluate::{Evaluator, evaluate};
 pub use fake::FakeSession;
+pub use pixels::image_tensor;
 
 /// Something that predicts tiles: ONNX Runtime, or a fake for tests.
 pub trait Session: Send {

@@ -6,7 +6,8 @@ use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use half::f16;
 
 use super::card::ModelCard;
-use super::contract::Layout;
+use super::contract::{Contract, Layout};
+use crate::onnx::{ElementType, Tensor, Values};
 
 /// What every byte of every channel becomes: `[channel][byte]`.
 pub(super) type Table<T> = [[T; 256]; 3];
@@ -63,6 +64,37 @@ pub(super) fn write<T: Copy>(rgb: &[u8], table: &Table<T>, layout: Layout, into:
             }
         }
     }
+}
+
+/// Tiles as the model is given them, in its layout and element type; each `[tile_size, tile_size, 3]` RGB8.
+#[must_use]
+pub fn image_tensor(card: &ModelCard, contract: &Contract, tiles: &[&[u8]]) -> Tensor {
+    let side = contract.side;
+    let dims = match contract.layout {
+        Layout::Nchw => [tiles.len(), 3, side, side],
+        Layout::Nhwc => [tiles.len(), side, side, 3],
+    };
+    let mut resizer = card.resize.map(|side| TileResizer::new(card.tile_size, side));
+    let mut images = Vec::with_capacity(tiles.len());
+    for tile in tiles {
+        let resized = resizer.as_mut().and_then(|resizer| resizer.resize(tile));
+        images.push(resized.unwrap_or(tile).to_vec());
+    }
+    fn fill<T: Copy + Default>(images: &[Vec<u8>], table: &Table<T>, layout: Layout) -> Vec<T> {
+        let mut values = vec![T::default(); images.iter().map(Vec::len).sum()];
+        let len = images.first().map_or(1, Vec::len);
+        for (rgb, into) in images.iter().zip(values.chunks_exact_mut(len)) {
+            write(rgb, table, layout, into);
+        }
+        values
+    }
+    let table = normalisation(card);
+    let values = match contract.element {
+        ElementType::U8 => Values::U8(fill(&images, &identity(), contract.layout)),
+        ElementType::F16 => Values::F16(fill(&images, &to_f16(&table), contract.layout)),
+        _ => Values::F32(fill(&images, &table, contract.layout)),
+    };
+    Tensor { dims: dims.to_vec(), values }
 }
 
 /// Brings tiles to the side that the model sees: bilinear and antialiased, as torchvision's `Resize` is.

@@ -1,0 +1,160 @@
+//! How much two models agree on the same tiles.
+
+use ndarray::Axis;
+
+use crate::inference::{Prediction, Session, SessionError, Task};
+use crate::measure;
+
+/// What a variant predicts, against what the original predicts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Agreement {
+    /// Tiles compared.
+    pub tiles: usize,
+    /// Cosine of the outputs of each tile, in ascending order; NaN ones are left out.
+    pub cosines: Vec<f64>,
+    /// Greatest difference of any two outputs.
+    pub max_abs_difference: f64,
+    /// Share of tiles, or for maps of pixels, whose most probable class is the same; `None` for features.
+    pub top1: Option<f64>,
+    /// Of each class the Dice of both class maps; empty but for maps.
+    pub dice: Vec<Option<f64>>,
+    /// Tiles of which some class changes sides at the threshold; for maps by the mean over the tile.
+    pub flips: usize,
+    /// Outputs of the variant that are infinite or not a number.
+    pub nonfinite: usize,
+}
+
+impl Agreement {
+    /// Mean cosine; 0 if there is none.
+    #[must_use]
+    pub fn mean_cosine(&self) -> f64 {
+        self.cosines.iter().sum::<f64>() / self.cosines.len().max(1) as f64
+    }
+
+    /// The least cosine; 0 if there is none.
+    #[must_use]
+    pub fn min_cosine(&self) -> f64 {
+        self.cosines.first().copied().unwrap_or(0.0)
+    }
+}
+
+/// Predicts tiles one batch after the other.
+///
+/// # Errors
+/// [`SessionError`] of the first batch that fails.
+pub fn predict(session: &mut dyn Session, tiles: &[&[u8]], batch: usize) -> Result<Vec<Prediction>, SessionError> {
+    tiles.chunks(batch.max(1)).map(|batch| session.predict(batch)).collect()
+}
+
+/// Compares predictions of the same tiles in the same batches.
+#[must_use]
+pub fn compare(task: Task, original: &[Prediction], variant: &[Prediction], threshold: f32) -> Agreement {
+    let (original, variant) = (rows(original), rows(variant));
+    let pairs = || original.iter().zip(&variant);
+    let mut cosines: Vec<f64> = pairs().filter_map(|(a, b)| measure::cosine(&a.values, &b.values)).collect();
+    cosines.sort_by(f64::total_cmp);
+    let max_abs_difference = pairs().map(|(a, b)| measure::max_abs_difference(&a.values, &b.values)).fold(0.0, f64::max);
+    let class_count = original.first().map_or(0, |row| row.means.len());
+    let (mut same, mut all) = (0usize, 0usize);
+    let mut confusion = measure::Confusion::new(class_count);
+    for (a, b) in pairs().filter(|_| task != Task::Features) {
+        for (a, b) in a.classes().zip(b.classes()) {
+            all += 1;
+            same += usize::from(a == b);
+            if let (Some(a), Some(b)) = (a, b) {
+                confusion.add(a, b);
+            }
+        }
+    }
+    let flips = pairs().filter(|(a, b)| task != Task::Features && measure::flips(&a.means, &b.means, threshold) > 0);
+    Agreement {
+        tiles: original.len(),
+        flips: flips.count(),
+        nonfinite: variant.iter().map(|row| measure::non_finite(&row.values)).sum(),
+        top1: (all > 0).then(|| same as f64 / all as f64),
+        dice: if task == Task::Segmentation { confusion.dice() } else { Vec::new() },
+        cosines,
+        max_abs_difference,
+    }
+}
+
+/// One tile's prediction.
+struct Row {
+    /// `[class, place]`, or a vector of features.
+    values: Vec<f32>,
+    /// Mean of each class over the tile.
+    means: Vec<f32>,
+}
+
+impl Row {
+    /// The most probable class of every place.
+    fn classes(&self) -> impl Iterator<Item = Option<usize>> + '_ {
+        let places = self.values.len() / self.means.len().max(1);
+        (0..places).map(move |place| {
+            let scores: Vec<f32> = (0..self.means.len()).map(|class| self.values[class * places + place]).collect();
+            measure::predicted_class(&scores)
+        })
+    }
+}
+
+fn rows(predictions: &[Prediction]) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for prediction in predictions {
+        match prediction {
+            Prediction::Classes(all) | Prediction::Features(all) => {
+                rows.extend(all.rows().into_iter().map(|row| Row { values: row.to_vec(), means: row.to_vec() }));
+            }
+            Prediction::Map(all) => {
+                for map in all.axis_iter(Axis(0)) {
+                    let mean = |plane: ndarray::ArrayView2<'_, f32>| {
+                        let sum: f64 = plane.iter().map(|value| f64::from(*value)).sum();
+                        #[expect(clippy::cast_possible_truncation, reason = "a mean of f32 values fits f32")]
+                        let mean = (sum / plane.len().max(1) as f64) as f32;
+                        mean
+                    };
+                    let means = map.outer_iter().map(mean).collect();
+                    rows.push(Row { values: map.iter().copied().collect(), means });
+                }
+            }
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{Array4, array};
+
+    #[test]
+    fn classes_that_agree_and_do_not() {
+        let original = [Prediction::Classes(array![[0.9, 0.1], [0.4, 0.6]])];
+        let variant = [Prediction::Classes(array![[0.8, 0.2], [0.55, 0.45]])];
+        let agreement = compare(Task::Classification, &original, &variant, 0.5);
+        assert_eq!((agreement.tiles, agreement.top1, agreement.flips, agreement.nonfinite), (2, Some(0.5), 1, 0));
+        assert!((agreement.max_abs_difference - 0.15).abs() < 1e-6);
+        // (0.4·0.55 + 0.6·0.45) / (√0.52 · √0.505)
+        assert!((agreement.min_cosine() - 0.956_2).abs() < 1e-3, "{}", agreement.min_cosine());
+    }
+
+    #[test]
+    fn maps_are_compared_by_pixel() {
+        let map = |values: [f32; 8]| [Prediction::Map(Array4::from_shape_vec((1, 2, 2, 2), values.to_vec()).unwrap())];
+        let original = map([0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9]);
+        let variant = map([0.9, 0.9, 0.1, 0.6, 0.1, 0.1, 0.9, 0.4]);
+        let agreement = compare(Task::Segmentation, &original, &variant, 0.5);
+        assert_eq!(agreement.top1, Some(0.75));
+        // Class 0: 2 and 3 pixels, 2 in common; class 1: 2 and 1 pixels, 1 in common.
+        assert_eq!(agreement.dice, [Some(0.8), Some(2.0 / 3.0)]);
+        assert_eq!(agreement.tiles, 1);
+    }
+
+    #[test]
+    fn values_that_are_no_numbers_are_counted() {
+        let original = [Prediction::Features(array![[1.0, 2.0]])];
+        let variant = [Prediction::Features(array![[1.0, f32::NAN]])];
+        let agreement = compare(Task::Features, &original, &variant, 0.5);
+        assert_eq!((agreement.nonfinite, agreement.cosines.len(), agreement.top1), (1, 0, None));
+        assert_eq!(agreement.mean_cosine(), 0.0);
+    }
+}

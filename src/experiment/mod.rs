@@ -1,0 +1,9 @@
+//! What is built on the engine to learn something: making faster variants of a model, and comparing them.
+
+pub mod agreement;
+mod error;
+pub mod optimize;
+pub mod race;
+pub mod tiles;
+
+pub use self::error::ExperimentError;
