@@ -380,6 +380,21 @@ impl Model {
         self.graph().map_or(&[][..], |graph| &graph.output).iter().map(Value::new).collect()
     }
 
+    /// The model with values of the graph as outputs beside its own, after these; those that no node of the graph
+    /// gives, or that are outputs already, are passed over. The types of the new outputs are left to be inferred.
+    #[must_use]
+    pub fn with_outputs(&self, values: &[String]) -> Self {
+        let mut model = self.clone();
+        let graph = model.proto.graph.get_or_insert_default();
+        for value in values {
+            let given = graph.node.iter().any(|node| node.output.contains(value));
+            if given && !graph.output.iter().any(|output| output.name() == value) {
+                graph.output.push(ValueInfoProto { name: Some(value.clone()), ..Default::default() });
+            }
+        }
+        model
+    }
+
     /// The version of the standard operators; `None` if the model uses none.
     #[must_use]
     pub fn opset(&self) -> Option<i64> {

@@ -8,6 +8,8 @@ pub mod freeze;
 pub mod skip_layer_norm;
 
 use std::error::Error;
+pub mod int8;
+
 use std::fmt;
 
 use super::{NodeId, RewriteError, Rewriter};

@@ -1,0 +1,16 @@
+//! INT8 for the CPU: ranges of activations, static and dynamic quantisation, and the choice of nodes to leave in float.
+//!
+//! Activations become unsigned bytes with one scale and zero point each, weights signed bytes with a scale per output
+//! channel. The caller runs the model on calibration tiles, with [`observed`] values as extra outputs, and hands in
+//! what they gave as [`ActivationRanges`].
+
+mod affine;
+mod dynamic;
+mod plan;
+mod qdq;
+mod ranges;
+mod sensitive;
+
+pub use dynamic::quantize_dynamic;
+pub use qdq::{StaticOptions, observed, quantize_static};
+pub use ranges::{ActivationRanges, Range, RangeCollector, RangeError, RangeMethod};

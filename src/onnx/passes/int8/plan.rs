@@ -1,0 +1,245 @@
+//! Which nodes a static quantisation turns to bytes: those that multiply weights, and between them those that bytes
+//! can pass through.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::affine::Affine;
+use super::{ActivationRanges, RangeError};
+use crate::onnx::{ElementType, MICROSOFT, NodeId, Rewriter};
+
+/// Weights below which a product is too small to gain: quantising its input costs what the bytes save.
+const FEWEST_WEIGHTS: usize = 16_384;
+
+/// What a node does with bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Multiplies constant weights.
+    Weighted,
+    /// Moves bytes without changing them, so that its output has its input's scale.
+    Carrier,
+    /// Computes with bytes, and gives bytes with a scale of their own.
+    Rescaling,
+}
+
+/// The nodes that become INT8.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Plan {
+    nodes: BTreeMap<NodeId, Role>,
+    /// Why a node that multiplies weights, or looks as if it did, stays in float.
+    pub(super) kept: BTreeMap<NodeId, String>,
+}
+
+impl Plan {
+    /// All nodes that can become INT8, as far as can be told without ranges.
+    pub(super) fn new(rewriter: &Rewriter, exclude: &BTreeSet<String>) -> Self {
+        let mut plan = Self::default();
+        for id in rewriter.ids() {
+            let excluded = exclude.contains(&rewriter.label(id));
+            match weighted(rewriter, id) {
+                Some(_) if excluded => {
+                    plan.kept.insert(id, "left in float on request".to_owned());
+                }
+                Some(Ok(())) => {
+                    plan.nodes.insert(id, Role::Weighted);
+                }
+                Some(Err(why)) => {
+                    plan.kept.insert(id, why);
+                }
+                None if excluded => {}
+                None => plan.nodes.extend(between(rewriter, id).map(|role| (id, role))),
+            }
+        }
+        plan.prune(rewriter);
+        plan
+    }
+
+    /// Takes out the nodes whose values have no usable range.
+    pub(super) fn restrict(&mut self, rewriter: &Rewriter, ranges: &ActivationRanges) {
+        loop {
+            let unusable: Vec<(NodeId, RangeError)> = self
+                .nodes()
+                .filter_map(|(id, _)| {
+                    let values = inputs(rewriter, id).into_iter().chain(self.output(rewriter, id));
+                    let error = values.into_iter().find_map(|value| self.affine(rewriter, ranges, &value).err())?;
+                    Some((id, error))
+                })
+                .collect();
+            if unusable.is_empty() {
+                return;
+            }
+            for (id, error) in unusable {
+                if self.nodes.remove(&id) == Some(Role::Weighted) {
+                    self.kept.insert(id, error.to_string());
+                }
+            }
+            self.prune(rewriter);
+        }
+    }
+
+    pub(super) fn nodes(&self) -> impl Iterator<Item = (NodeId, Role)> + '_ {
+        self.nodes.iter().map(|(id, role)| (*id, *role))
+    }
+
+    pub(super) fn role(&self, id: NodeId) -> Option<Role> {
+        self.nodes.get(&id).copied()
+    }
+
+    /// The value that a node gives as bytes; `None` if it gives floats.
+    pub(super) fn output(&self, rewriter: &Rewriter, id: NodeId) -> Option<String> {
+        let role = self.role(id)?;
+        let rectifier = self.rectifier(rewriter, id);
+        let value = rewriter.output(rectifier.unwrap_or(id), 0).to_owned();
+        // Convolutions have no form that takes bytes and gives floats; products of matrices have.
+        let takes_floats = role == Role::Weighted && !rewriter.is(id, "Conv");
+        let all_read_bytes = || {
+            let readers = rewriter.consumers(&value);
+            let mut carriers = readers.iter().filter_map(|reader| Some((*reader, self.role(*reader)?)));
+            let count = carriers.by_ref().count();
+            count > 0 && count == readers.len() && !rewriter.is_pinned(&value)
+        };
+        (!takes_floats || all_read_bytes()).then_some(value)
+    }
+
+    /// The node after `id` that only cuts off what bytes cut off anyway: their zero point is its lower bound.
+    pub(super) fn rectifier(&self, rewriter: &Rewriter, id: NodeId) -> Option<NodeId> {
+        if self.role(id)? == Role::Carrier {
+            return None;
+        }
+        let next = rewriter.sole_consumer(rewriter.output(id, 0))?;
+        // An upper bound holds too: no byte means more than what calibration saw behind it.
+        let from_zero = || rewriter.scalar(rewriter.input(next, 1)) == Some(0.0);
+        let bounded = || matches!(rewriter.input(next, 2), "") || rewriter.scalar(rewriter.input(next, 2)).is_some();
+        (rewriter.is(next, "Relu") || rewriter.is(next, "Clip") && from_zero() && bounded()).then_some(next)
+    }
+
+    /// The value from whose range a value's scale is taken: carriers keep the scale of what they carry.
+    pub(super) fn root(&self, rewriter: &Rewriter, value: &str) -> String {
+        let mut value = value;
+        while let Some(id) = rewriter.producer(value).filter(|id| self.role(*id) == Some(Role::Carrier)) {
+            value = rewriter.input(id, 0);
+        }
+        value.to_owned()
+    }
+
+    /// The bytes of a value.
+    pub(super) fn affine(
+        &self,
+        rewriter: &Rewriter,
+        ranges: &ActivationRanges,
+        value: &str,
+    ) -> Result<Affine, RangeError> {
+        let root = self.root(rewriter, value);
+        Affine::covering(ranges.get(&root)?, &root)
+    }
+
+    /// Takes out nodes between that would turn floats to bytes, or bytes to floats, for themselves alone.
+    fn prune(&mut self, rewriter: &Rewriter) {
+        loop {
+            let given: BTreeSet<String> = self.nodes().filter_map(|(id, _)| self.output(rewriter, id)).collect();
+            let read: BTreeSet<String> = self.nodes().flat_map(|(id, _)| inputs(rewriter, id)).collect();
+            let idle = |(id, role): (NodeId, Role)| {
+                let gives_to_some = || self.output(rewriter, id).is_some_and(|value| read.contains(&value));
+                let takes_from_some = || inputs(rewriter, id).iter().any(|value| given.contains(value));
+                (role != Role::Weighted && !(gives_to_some() && takes_from_some())).then_some(id)
+            };
+            let idle: Vec<NodeId> = self.nodes().filter_map(idle).collect();
+            if idle.is_empty() {
+                return;
+            }
+            for id in idle {
+                self.nodes.remove(&id);
+            }
+        }
+    }
+}
+
+/// The inputs of a node that hold activations.
+pub(super) fn inputs(rewriter: &Rewriter, id: NodeId) -> Vec<String> {
+    let all = &rewriter.node(id).input;
+    let count = match rewriter.node(id).op_type() {
+        "Concat" => all.len(),
+        "Add" | "Mul" => 2,
+        _ => 1,
+    };
+    all.iter().take(count).cloned().collect()
+}
+
+/// Whether a node that multiplies weights can be quantised, and why not; `None` for other nodes.
+pub(super) fn weighted(rewriter: &Rewriter, id: NodeId) -> Option<Result<(), String>> {
+    let node = rewriter.node(id);
+    let why = match (node.domain(), node.op_type()) {
+        (MICROSOFT, "Attention" | "FusedMatMul" | "FusedConv" | "FusedGemm") => {
+            "is fused already: quantisation comes before fusion into ONNX Runtime's operators".to_owned()
+        }
+        ("" | "ai.onnx", "ConvTranspose") => {
+            "ONNX Runtime has no INT8 kernel for it; one of kernel 2 and stride 2 can first become a Conv".to_owned()
+        }
+        ("" | "ai.onnx", "Conv" | "MatMul" | "Gemm") => match obstacle(rewriter, id) {
+            Some(why) => why,
+            None => return Some(Ok(())),
+        },
+        _ => return None,
+    };
+    Some(Err(why))
+}
+
+fn obstacle(rewriter: &Rewriter, id: NodeId) -> Option<String> {
+    let (x, weights, bias) = (rewriter.input(id, 0), rewriter.input(id, 1), rewriter.input(id, 2));
+    if rewriter.producer_of(weights, "DequantizeLinear").is_some() {
+        return Some("is INT8 already".to_owned());
+    }
+    if rewriter.is_constant(x) {
+        return Some("its first input is the constant".to_owned());
+    }
+    let Some(dims) = rewriter.constant_dims(weights) else {
+        return Some("multiplies two activations, which as bytes lose too much (cosine 0.88 on a ViT-S/16)".to_owned());
+    };
+    let element = rewriter.constant_element(weights).unwrap_or(ElementType::Other(0));
+    if element != ElementType::F32 {
+        return Some(format!("its weights are of type {element}, not float"));
+    }
+    if !bias.is_empty() && !rewriter.is_constant(bias) {
+        return Some("its bias is no constant".to_owned());
+    }
+    if [weights, bias].iter().any(|value| !value.is_empty() && rewriter.floats(value).is_none()) {
+        return Some("its weights lie outside the model file".to_owned());
+    }
+    if rewriter.is(id, "Conv") {
+        return (dims.len() != 4).then(|| "is not two-dimensional".to_owned());
+    }
+    if dims.len() != 2 {
+        return Some(format!("its weights have {} dimensions, not 2", dims.len()));
+    }
+    if dims[0] * dims[1] < FEWEST_WEIGHTS {
+        return Some(format!("has {} weights, too few to gain", dims[0] * dims[1]));
+    }
+    if rewriter.is(id, "Gemm") {
+        let plain = rewriter.float(id, "alpha").unwrap_or(1.0) == 1.0
+            && rewriter.float(id, "beta").unwrap_or(1.0) == 1.0
+            && rewriter.int(id, "transA").unwrap_or(0) == 0;
+        let columns = dims[usize::from(rewriter.int(id, "transB").unwrap_or(0) == 0)];
+        let fits = bias.is_empty() || rewriter.constant_dims(bias).is_some_and(|dims| dims.iter().product::<usize>() == columns);
+        if !plain || !fits {
+            return Some("scales or transposes what INT8 products can't".to_owned());
+        }
+    }
+    None
+}
+
+/// What a node that multiplies no weights could do with bytes.
+fn between(rewriter: &Rewriter, id: NodeId) -> Option<Role> {
+    let node = rewriter.node(id);
+    if !matches!(node.domain(), "" | "ai.onnx") {
+        return None;
+    }
+    match node.op_type() {
+        "Reshape" | "Flatten" | "Transpose" | "Squeeze" | "Unsqueeze" | "DepthToSpace" => Some(Role::Carrier),
+        "MaxPool" if node.output.len() == 1 => Some(Role::Carrier),
+        "Resize" if rewriter.text(id, "mode").is_none_or(|mode| matches!(mode.as_str(), "nearest" | "linear")) => {
+            Some(Role::Carrier)
+        }
+        "Add" | "Mul" if node.input.iter().any(|value| rewriter.is_constant(value)) => None,
+        "Concat" | "Add" | "Mul" | "AveragePool" | "GlobalAveragePool" | "Sigmoid" | "LeakyRelu" => Some(Role::Rescaling),
+        _ => None,
+    }
+}
