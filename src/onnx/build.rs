@@ -137,7 +137,8 @@ impl Graph {
     }
 }
 
-fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> ValueInfoProto {
+/// How a model declares an input or output.
+pub(super) fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> ValueInfoProto {
     let dimension = |dim: &Dim| Dimension {
         value: match dim {
             Dim::Fixed(size) => Some(dimension::Value::DimValue(i64::try_from(*size).unwrap_or(i64::MAX))),
