@@ -3,6 +3,9 @@
 //! A pass takes a [`Rewriter`](super::Rewriter), changes what it can, and tells for every node that it is about whether
 //! it was applied and why not. Running a pass twice changes nothing the second time.
 
+pub mod batch_norm;
+pub mod clean;
+
 use std::fmt;
 
 use super::{NodeId, Rewriter};
