@@ -5,6 +5,8 @@
 
 pub mod batch_norm;
 pub mod clean;
+pub mod conv_transpose;
+pub mod split_concat;
 
 use std::fmt;
 
