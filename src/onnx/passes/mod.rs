@@ -6,6 +6,7 @@
 pub mod batch_norm;
 pub mod clean;
 pub mod conv_transpose;
+pub mod image_input;
 pub mod split_concat;
 
 use std::fmt;
