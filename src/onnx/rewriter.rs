@@ -302,6 +302,26 @@ impl Rewriter {
         }
     }
 
+    /// A value that `nodes` give and that something else reads, `result` apart; `None` if they can be replaced by a
+    /// node that gives `result`.
+    #[must_use]
+    pub fn escaping(&self, nodes: &[NodeId], result: &str) -> Option<&str> {
+        let inner = nodes.iter().flat_map(|id| &self.node(*id).output).map(String::as_str);
+        let mut inner = inner.filter(|value| !value.is_empty() && *value != result);
+        inner.find(|value| self.is_pinned(value) || self.consumers(value).iter().any(|id| !nodes.contains(id)))
+    }
+
+    /// The number of dimensions that the model declares for a value.
+    #[must_use]
+    pub fn rank(&self, value: &str) -> Option<usize> {
+        if let Some(constant) = self.constants.get(value) {
+            return Some(constant.dims.len());
+        }
+        let graph = self.model.graph.as_ref()?;
+        let mut infos = graph.input.iter().chain(&graph.output).chain(&graph.value_info);
+        super::Value::new(infos.find(|info| info.name() == value)?).dims.map(|dims| dims.len())
+    }
+
     /// True if the value is an output of the model.
     #[must_use]
     pub fn is_output(&self, value: &str) -> bool {
