@@ -3,6 +3,12 @@
 //! A pass takes a [`Rewriter`](super::Rewriter), changes what it can, and tells for every node that it is about whether
 //! it was applied and why not. Running a pass twice changes nothing the second time.
 
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod gelu;
+pub mod layer_norm;
+pub mod layer_scale;
+
 use std::fmt;
 
 use super::{NodeId, Rewriter};
