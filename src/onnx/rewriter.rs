@@ -271,6 +271,15 @@ impl Rewriter {
         self.attribute(id, name).map(|attribute| String::from_utf8_lossy(attribute.s()).into_owned())
     }
 
+    /// An attribute that is a tensor.
+    ///
+    /// # Errors
+    /// [`RewriteError::Tensor`] if there is one, but it can't be read.
+    pub fn tensor(&self, id: NodeId, name: &str) -> Result<Option<Tensor>, RewriteError> {
+        let tensor = self.attribute(id, name).and_then(|attribute| attribute.t.as_ref());
+        Ok(tensor.map(Tensor::from_proto).transpose()?)
+    }
+
     fn attribute(&self, id: NodeId, name: &str) -> Option<&AttributeProto> {
         self.node(id).attribute.iter().find(|attribute| attribute.name() == name)
     }
@@ -300,6 +309,26 @@ impl Rewriter {
             [only] if !self.pinned.contains(value) => Some(*only),
             _ => None,
         }
+    }
+
+    /// A value that `nodes` give and that something else reads, `result` apart; `None` if they can be replaced by a
+    /// node that gives `result`.
+    #[must_use]
+    pub fn escaping(&self, nodes: &[NodeId], result: &str) -> Option<&str> {
+        let inner = nodes.iter().flat_map(|id| &self.node(*id).output).map(String::as_str);
+        let mut inner = inner.filter(|value| !value.is_empty() && *value != result);
+        inner.find(|value| self.is_pinned(value) || self.consumers(value).iter().any(|id| !nodes.contains(id)))
+    }
+
+    /// The number of dimensions that the model declares for a value.
+    #[must_use]
+    pub fn rank(&self, value: &str) -> Option<usize> {
+        if let Some(constant) = self.constants.get(value) {
+            return Some(constant.dims.len());
+        }
+        let graph = self.model.graph.as_ref()?;
+        let mut infos = graph.input.iter().chain(&graph.output).chain(&graph.value_info);
+        super::Value::new(infos.find(|info| info.name() == value)?).dims.map(|dims| dims.len())
     }
 
     /// True if the value is an output of the model.

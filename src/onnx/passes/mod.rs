@@ -6,7 +6,12 @@
 pub mod batch_norm;
 pub mod clean;
 pub mod conv_transpose;
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod gelu;
 pub mod image_input;
+pub mod layer_norm;
+pub mod layer_scale;
 pub mod split_concat;
 
 use std::fmt;
