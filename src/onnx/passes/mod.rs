@@ -9,6 +9,16 @@ pub mod skip_layer_norm;
 
 use std::error::Error;
 pub mod int8;
+pub mod batch_norm;
+pub mod clean;
+pub mod conv_transpose;
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod gelu;
+pub mod image_input;
+pub mod layer_norm;
+pub mod layer_scale;
+pub mod split_concat;
 
 use std::fmt;
 
