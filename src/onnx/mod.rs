@@ -3,6 +3,7 @@
 //! [`Model`] is a thin shell around the protobuf message, so that whatever a model holds survives load and save.
 
 pub mod build;
+pub mod lora;
 pub mod passes;
 pub mod proto;
 mod rewriter;

@@ -9,8 +9,8 @@ use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
 use super::PassReport;
 use crate::onnx::{ElementType, MICROSOFT, NodeId, RewriteError, Rewriter};
 
-/// Largest difference from the activation, between -6 and 6. The constants of a 32-bit model are exact to 6e-8; GELU and
-/// its approximation with tanh differ by 4.7e-4.
+/// Largest difference from the activation, between -6 and 6. The constants of a 32-bit model are exact to 6e-8; GELU
+/// and its approximation with tanh differ by 4.7e-4.
 const TOLERANCE: f64 = 1e-6;
 
 /// The same for 16-bit constants: √2 becomes 1.4141, which changes GELU by 3e-5.
