@@ -6,13 +6,9 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::proto::attribute_proto::AttributeType;
-<<<<<<< HEAD
 use super::proto::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto, type_proto,
 };
-=======
-use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, type_proto};
->>>>>>> opt-b
 use super::tensor::{Tensor, TensorError};
 use super::{ElementType, Model, Value};
 

@@ -4,22 +4,21 @@
 //! it was applied and why not. Running a pass twice changes nothing the second time.
 
 pub mod attention;
-pub mod freeze;
-pub mod skip_layer_norm;
-
-use std::error::Error;
-pub mod int8;
 pub mod batch_norm;
 pub mod clean;
 pub mod conv_transpose;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod freeze;
 pub mod gelu;
 pub mod image_input;
+pub mod int8;
 pub mod layer_norm;
 pub mod layer_scale;
+pub mod skip_layer_norm;
 pub mod split_concat;
 
+use std::error::Error;
 use std::fmt;
 
 use super::{NodeId, RewriteError, Rewriter};
