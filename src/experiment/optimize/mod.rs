@@ -1,0 +1,381 @@
+//! Makes faster variants of a model, and proves each before it enters the card.
+//!
+//! [`recipe`] says which passes make which graph, [`int8`] how a quantised one is found, [`trial`] measures a candidate
+//! against the original: it must load, run any batch, give numbers, agree, and be no slower to be recommended.
+
+mod int8;
+mod probe;
+mod recipe;
+mod trial;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use self::probe::Probe;
+use self::trial::{Trial, Verdict};
+use super::ExperimentError;
+use super::tiles::TileSet;
+use crate::inference::{BareModel, ModelCard, Provider, Variant};
+use crate::onnx::lora::{self, Adapter};
+use crate::onnx::passes::fp16::{Fp16Options, to_fp16};
+use crate::onnx::passes::image_input::{Normalization, take_pixels};
+use crate::onnx::passes::{Outcome, PassReport};
+use crate::onnx::{Model, Rewriter};
+use crate::report::{NodeRecord, PassRecord, VariantRecord};
+
+/// What variants are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The kernels of ONNX Runtime's CPU provider.
+    Cpu,
+    /// The kernels of its CUDA provider.
+    Cuda,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        })
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = [Self::Cpu, Self::Cuda].into_iter().find(|target| target.to_string() == text);
+        known.ok_or_else(|| format!("{text:?} is neither cpu nor cuda"))
+    }
+}
+
+/// How a variant computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Precision {
+    /// 32-bit floats.
+    Fp32,
+    /// 16-bit floats.
+    Fp16,
+    /// 8-bit integers.
+    Int8,
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "fp32" => Ok(Self::Fp32),
+            "fp16" => Ok(Self::Fp16),
+            "int8" => Ok(Self::Int8),
+            _ => Err(format!("{text:?} is none of fp32, fp16, int8")),
+        }
+    }
+}
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub struct OptimizeRequest {
+    /// For which kernels.
+    pub target: Target,
+    /// At which precisions, each once.
+    pub precisions: Vec<Precision>,
+    /// The tiles that variants are compared with the original on.
+    pub tiles: TileSet,
+    /// The tiles that tell INT8 which values occur.
+    pub calibration: Option<TileSet>,
+    /// An adapter that becomes part of the model.
+    pub lora: Option<PathBuf>,
+    /// Whether variants take bytes, and normalise by themselves.
+    pub takes_bytes: bool,
+    /// Whether FP16 variants keep 32-bit inputs and outputs.
+    pub keeps_io: bool,
+    /// The least mean cosine between the raw outputs of an INT8 variant and the original's.
+    pub min_cosine: f64,
+    /// Whether INT8 weights are left 7 bits, for CPUs without VNNI.
+    pub reduce_range: bool,
+    /// The folder of the model that is made.
+    pub out: PathBuf,
+}
+
+/// What was made.
+#[derive(Clone, Debug)]
+pub struct Optimized {
+    /// The card of the new folder.
+    pub card: ModelCard,
+    /// Every candidate, those that were dropped too.
+    pub variants: Vec<VariantRecord>,
+}
+
+/// A graph on its way to be a variant.
+struct Candidate {
+    name: &'static str,
+    model: Model,
+    passes: Vec<PassReport>,
+    provider: Provider,
+    options: BTreeMap<String, String>,
+    /// What its user should know beside what is measured.
+    note: String,
+}
+
+/// Makes the variants and writes the folder; `say` is told what is being done.
+///
+/// # Errors
+/// [`ExperimentError`] if the model can't be read, rewritten or run, or something asked for can't be made.
+pub fn optimize(
+    card: &ModelCard,
+    request: &OptimizeRequest,
+    say: &mut dyn FnMut(&str),
+) -> Result<Optimized, ExperimentError> {
+    refuse(request)?;
+    let source = card.default_variant()?;
+    let mut model = source.load()?;
+    model.embed_weights(&source.file)?;
+    let contract = card.check(&model, &source.file)?;
+    let probe = Probe { card, contract: &contract, tiles: &request.tiles };
+    std::fs::create_dir_all(&request.out).map_err(|source| file_error(&request.out, "written", source))?;
+    let mut made = existing(card, &request.out)?;
+
+    let (model, merged) = match &request.lora {
+        Some(path) => merge(model, &Adapter::load(path).map_err(lora::LoraError::from)?)?,
+        None => (model, None),
+    };
+    // With an adapter, what it makes of the model is the original that variants are held against.
+    let original = place(&request.out, "fp32", source, merged.is_some().then_some(&model))?;
+    made.variants.insert("fp32".to_owned(), original.clone());
+    let trial = Trial::new(&made, &original, request)?;
+
+    let mut rewriter = Rewriter::new(model)?;
+    let mut passes: Vec<PassReport> = merged.into_iter().collect();
+    say("folding constants and norms");
+    passes.extend(recipe::clean(&mut rewriter, &probe)?);
+    let graphs = Graphs { clean: rewriter, passes, probe: &probe, request };
+
+    let mut variants = Vec::new();
+    for precision in &request.precisions {
+        let candidates = match (precision, request.target) {
+            (Precision::Fp32, Target::Cpu) => graphs.for_cpu()?,
+            (Precision::Fp32, Target::Cuda) => vec![graphs.for_cuda("fp32-cuda")?],
+            (Precision::Fp16, _) => vec![graphs.fp16()?],
+            (Precision::Int8, _) => {
+                say("calibrating");
+                int8::candidates(&graphs, &trial, say)?
+            }
+        };
+        let tried = trial.judge(candidates, say)?;
+        // The best that passed; of several with one name only one can enter the card.
+        let best = tried.iter().filter(|verdict| verdict.is_sound).max_by(|a, b| a.speed().total_cmp(&b.speed()));
+        let best = best.map(|verdict| verdict.record.note.clone());
+        for verdict in tried {
+            let is_taken = Some(&verdict.record.note) == best.as_ref();
+            variants.push(enter(&mut made, verdict, is_taken, request)?);
+        }
+    }
+    write_card(&mut made, &request.out)?;
+    Ok(Optimized { card: made, variants })
+}
+
+/// What makes no sense is refused before any work.
+fn refuse(request: &OptimizeRequest) -> Result<(), ExperimentError> {
+    let has_int8 = request.precisions.contains(&Precision::Int8);
+    if has_int8 && request.target == Target::Cuda {
+        let why = "ONNX Runtime's CUDA provider has no kernels for quantised operators";
+        return Err(ExperimentError::Refused { what: "INT8", device: "CUDA", why });
+    }
+    if has_int8 && request.calibration.is_none() {
+        return Err(ExperimentError::NoCalibration);
+    }
+    Ok(())
+}
+
+/// The rewritten graphs that variants are made from.
+struct Graphs<'a> {
+    clean: Rewriter,
+    passes: Vec<PassReport>,
+    probe: &'a Probe<'a>,
+    request: &'a OptimizeRequest,
+}
+
+impl Graphs<'_> {
+    /// What may be faster on a CPU; only what measures faster is recommended.
+    fn for_cpu(&self) -> Result<Vec<Candidate>, ExperimentError> {
+        let mut candidates = vec![self.candidate("fp32-rewritten", self.clean.clone(), Vec::new(), "cleaned")?];
+        let mut convolutions = self.clean.clone();
+        let passes = recipe::up_convolutions(&mut convolutions)?;
+        if passes.iter().any(|pass| pass.applied() > 0) {
+            candidates.push(self.candidate("fp32-rewritten", convolutions, passes, "cleaned, up-convolutions rewritten")?);
+        }
+        let mut transformer = self.clean.clone();
+        let passes = recipe::transformer(&mut transformer, self.probe)?;
+        if passes.iter().any(|pass| pass.applied() > 0) {
+            candidates.push(self.candidate("fp32-rewritten", transformer, passes, "cleaned, transformer fused")?);
+        }
+        Ok(candidates)
+    }
+
+    /// What CUDA's kernels are fastest with.
+    fn for_cuda(&self, name: &'static str) -> Result<Candidate, ExperimentError> {
+        let mut rewriter = self.clean.clone();
+        let mut passes = recipe::transformer(&mut rewriter, self.probe)?;
+        passes.extend(recipe::up_convolutions(&mut rewriter)?);
+        passes.extend(recipe::split_concats(&mut rewriter)?);
+        let has_convolutions = rewriter.ids_of("Conv").len() > 1;
+        let mut candidate = self.candidate(name, rewriter, passes, "fused for CUDA")?;
+        candidate.provider = Provider::Cuda;
+        if has_convolutions {
+            // Bias and rectifier in the convolution's kernel, and the layout that tensor cores want.
+            candidate.options = ["fuse_conv_bias", "prefer_nhwc"].map(|key| (key.to_owned(), "1".to_owned())).into();
+        }
+        Ok(candidate)
+    }
+
+    fn fp16(&self) -> Result<Candidate, ExperimentError> {
+        let options = Fp16Options { keep_io: self.request.keeps_io, ..Fp16Options::default() };
+        let mut candidate = match self.request.target {
+            Target::Cuda => self.for_cuda("fp16")?,
+            Target::Cpu => self.candidate(
+                "fp16",
+                self.clean.clone(),
+                Vec::new(),
+                "saves disk only: ONNX Runtime computes it in 32 bits on a CPU",
+            )?,
+        };
+        let mut rewriter = Rewriter::new(candidate.model)?;
+        candidate.passes.push(to_fp16(&mut rewriter, &options)?);
+        candidate.model = rewriter.finish()?;
+        Ok(candidate)
+    }
+
+    fn candidate(
+        &self,
+        name: &'static str,
+        mut rewriter: Rewriter,
+        passes: Vec<PassReport>,
+        note: &str,
+    ) -> Result<Candidate, ExperimentError> {
+        let mut passes: Vec<PassReport> = self.passes.iter().cloned().chain(passes).collect();
+        if self.request.takes_bytes {
+            let normalization = Normalization { mean: self.probe.card.mean, std: self.probe.card.std };
+            passes.push(take_pixels(&mut rewriter, &self.probe.contract.input, &normalization)?);
+        }
+        let (provider, options) = (Provider::Cpu, BTreeMap::new());
+        Ok(Candidate { name, model: rewriter.finish()?, passes, provider, options, note: note.to_owned() })
+    }
+}
+
+/// The model with the adapter in its weights, and what was merged.
+fn merge(model: Model, adapter: &Adapter) -> Result<(Model, Option<PassReport>), ExperimentError> {
+    let mut rewriter = Rewriter::new(model)?;
+    let report = lora::merge(&mut rewriter, adapter)?;
+    Ok((rewriter.finish()?, Some(report)))
+}
+
+/// The card that the folder has, if it is of the same model, else this card without variants.
+fn existing(card: &ModelCard, out: &Path) -> Result<ModelCard, ExperimentError> {
+    let path = out.join("card.toml");
+    if !path.exists() {
+        return Ok(ModelCard { path, variants: BTreeMap::new(), ..card.clone() });
+    }
+    let found = ModelCard::load(&path, &BareModel::default())?;
+    if found.name != card.name {
+        return Err(ExperimentError::Occupied { path: out.to_owned(), found: found.name });
+    }
+    Ok(found)
+}
+
+/// Puts the original into the folder: its files as they are, or the model that an adapter made of it.
+fn place(out: &Path, name: &str, source: &Variant, merged: Option<&Model>) -> Result<Variant, ExperimentError> {
+    let file = out.join(source.file.file_name().unwrap_or_default());
+    if let Some(model) = merged {
+        model.clone().save_with_weights(&file)?;
+        return Ok(Variant::of_file(name, &file)?);
+    }
+    let model = Model::load(&source.file)?;
+    let folder = source.file.parent().unwrap_or(Path::new(""));
+    for from in model.weight_files(&source.file)?.into_iter().chain([source.file.clone()]) {
+        let to = out.join(from.strip_prefix(folder).unwrap_or(&from));
+        if to != from {
+            copy(&from, &to)?;
+        }
+    }
+    Ok(Variant { name: name.to_owned(), file, ..source.clone() })
+}
+
+/// Copies a file under a temporary name first.
+fn copy(from: &Path, to: &Path) -> Result<(), ExperimentError> {
+    let folder = to.parent().unwrap_or(Path::new("."));
+    let copied = || {
+        std::fs::create_dir_all(folder)?;
+        let file = tempfile::Builder::new().prefix(".copy-").tempfile_in(folder)?;
+        std::fs::copy(from, file.path())?;
+        file.as_file().sync_all()?;
+        file.persist(to)?;
+        Ok(())
+    };
+    copied().map_err(|source| file_error(to, "written", source))
+}
+
+/// Gives the chosen candidate its file and its place in the card; the others leave only their record.
+fn enter(
+    made: &mut ModelCard,
+    verdict: Verdict,
+    is_taken: bool,
+    request: &OptimizeRequest,
+) -> Result<VariantRecord, ExperimentError> {
+    let Verdict { mut record, model, variant, .. } = verdict;
+    if !is_taken {
+        if record.is_recommended {
+            record.note.push_str("; another candidate was faster");
+            record.is_recommended = false;
+        }
+        return Ok(record);
+    }
+    let file = request.out.join(format!("{}-{}.onnx", made.name, record.name));
+    model.save_with_weights(&file)?;
+    let Variant { sha256, .. } = Variant::of_file(&record.name, &file)?;
+    let weights = Model::load(&file)?.weight_files(&file)?;
+    let bytes = weights.iter().chain([&file]).filter_map(|file| std::fs::metadata(file).ok());
+    record.bytes = bytes.map(|metadata| metadata.len()).sum();
+    record.sha256.clone_from(&sha256);
+    record.file = file.file_name().map(|name| name.to_string_lossy().into_owned());
+    let note = Some(record.note.clone());
+    made.variants.insert(record.name.clone(), Variant { file, sha256, note, ..variant });
+    Ok(record)
+}
+
+fn write_card(card: &mut ModelCard, out: &Path) -> Result<(), ExperimentError> {
+    let path = out.join("card.toml");
+    card.path.clone_from(&path);
+    let text = card.to_toml()?;
+    let write = || {
+        let mut file = tempfile::Builder::new().prefix(".card-").tempfile_in(out)?;
+        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        file.as_file().sync_all()?;
+        file.persist(&path)?;
+        Ok(())
+    };
+    write().map_err(|source| file_error(&path, "written", source))
+}
+
+pub(super) fn file_error(path: &Path, doing: &'static str, source: std::io::Error) -> ExperimentError {
+    ExperimentError::File { path: path.to_owned(), doing, source }
+}
+
+/// A pass's report as it is written down.
+fn record(report: &PassReport) -> PassRecord {
+    let node = |finding: &crate::onnx::passes::Finding| {
+        let (is_applied, what) = match &finding.outcome {
+            Outcome::Applied(what) => (true, what.clone()),
+            Outcome::Kept(why) => (false, why.clone()),
+        };
+        NodeRecord { node: finding.node.clone(), op: finding.op.clone(), is_applied, what }
+    };
+    PassRecord {
+        pass: report.pass.to_owned(),
+        applied: report.applied(),
+        nodes: report.findings.iter().map(node).collect(),
+    }
+}
