@@ -6,8 +6,10 @@
 pub mod batch_norm;
 pub mod clean;
 pub mod conv_transpose;
+mod element_types;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod fp16;
 pub mod gelu;
 pub mod image_input;
 pub mod layer_norm;
