@@ -328,9 +328,7 @@ impl Rewriter {
         if let Some(constant) = self.constants.get(value) {
             return Some(constant.dims.len());
         }
-        let graph = self.model.graph.as_ref()?;
-        let mut infos = graph.input.iter().chain(&graph.output).chain(&graph.value_info);
-        super::Value::new(infos.find(|info| info.name() == value)?).dims.map(|dims| dims.len())
+        self.declared(value)?.dims.map(|dims| dims.len())
     }
 
     /// True if the value is an output of the model.

@@ -1,5 +1,8 @@
 //! Takes out nodes that do nothing in inference, and what no output needs.
 
+use std::collections::HashMap;
+
+use super::element_types::element_types;
 use super::{Finding, Outcome, PassReport};
 use crate::onnx::{Dim, ElementType, NodeId, RewriteError, Rewriter, Values};
 
@@ -11,13 +14,14 @@ use crate::onnx::{Dim, ElementType, NodeId, RewriteError, Rewriter, Values};
 pub fn clean(rewriter: &mut Rewriter) -> Result<PassReport, RewriteError> {
     let mut report = PassReport::new("clean");
     remove_dead(rewriter, &mut report);
+    let types = element_types(rewriter)?;
     for id in rewriter.order()? {
         // By now a node may be gone or read something else, so that each is looked at when its turn comes.
         let verdict = match rewriter.node(id).op_type() {
             _ if !is_standard(rewriter, id) => continue,
             "Identity" => Ok("it gives its input"),
             "Dropout" => dropout(rewriter, id)?,
-            "Cast" if casts_to_same(rewriter, id) => Ok("its input has that type"),
+            "Cast" if casts_to_same(rewriter, id, &types) => Ok("its input has that type"),
             "Reshape" if reshapes_to_same(rewriter, id) => Ok("its input has that shape"),
             "Reshape" => {
                 merge_reshapes(rewriter, id, &mut report);
@@ -82,17 +86,9 @@ fn dropout(rewriter: &Rewriter, id: NodeId) -> Result<Result<&'static str, &'sta
     Ok(if is_off { Ok("it does nothing in inference") } else { Err("whether it trains is told by an input") })
 }
 
-fn casts_to_same(rewriter: &Rewriter, id: NodeId) -> bool {
+fn casts_to_same(rewriter: &Rewriter, id: NodeId, types: &HashMap<String, ElementType>) -> bool {
     let to = rewriter.int(id, "to").and_then(|number| i32::try_from(number).ok()).map(ElementType::from_number);
-    to.is_some() && element(rewriter, rewriter.input(id, 0)) == to
-}
-
-/// A value's type where it is plain: of constants, declared values, results of `Cast`.
-fn element(rewriter: &Rewriter, value: &str) -> Option<ElementType> {
-    if let Some(cast) = rewriter.producer_of(value, "Cast") {
-        return rewriter.int(cast, "to").and_then(|number| i32::try_from(number).ok()).map(ElementType::from_number);
-    }
-    rewriter.constant_element(value).or_else(|| rewriter.declared(value).map(|declared| declared.element))
+    to.is_some() && types.get(rewriter.input(id, 0)).copied() == to
 }
 
 /// True if every entry of the target shape is provably the input's own size there.
@@ -207,8 +203,7 @@ mod tests {
         graph.output("y", &value, ElementType::F32, &["n".into(), 3.into(), 4.into()]);
         let (before, after, report) = cleaned(graph);
         assert_same(&before, &after);
-        // The first Cast stays: nothing says what Relu gives.
-        assert_eq!(ops(&after), "Cast 1, Relu 1");
+        assert_eq!(ops(&after), "Relu 1");
         let findings: Vec<String> = report.findings.iter().map(Finding::to_string).collect();
         assert!(findings.contains(&"constant unused: removed, no output needs it".to_owned()), "{findings:?}");
         assert!(findings.contains(&"Exp Exp_11: removed, no output needs it".to_owned()), "{findings:?}");

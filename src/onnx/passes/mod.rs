@@ -7,8 +7,10 @@ pub mod attention;
 pub mod batch_norm;
 pub mod clean;
 pub mod conv_transpose;
+pub mod element_types;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod fp16;
 pub mod freeze;
 pub mod gelu;
 pub mod image_input;
