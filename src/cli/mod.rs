@@ -4,6 +4,7 @@
 
 mod doctor;
 mod inspect;
+mod optimize;
 mod options;
 mod prepare;
 mod progress;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use slidestream::engine::EngineError;
+use slidestream::experiment::ExperimentError;
 use slidestream::native;
 
 /// Runs neural networks over whole-slide images, and tells exactly what was done
@@ -41,6 +43,8 @@ enum Command {
     Tiles(tiles::Args),
     /// Show what a slide is and how a model would read it
     Inspect(inspect::Args),
+    /// Make faster variants of a model, and prove them
+    Optimize(Box<optimize::Args>),
     /// Check that this machine has what it takes
     Doctor(doctor::Args),
 }
@@ -96,11 +100,15 @@ impl Failure {
     }
 }
 
-impl<E: Into<EngineError>> From<E> for Failure {
+impl<E: Into<ExperimentError>> From<E> for Failure {
     fn from(error: E) -> Self {
         let error = error.into();
-        // What names the slides is typed on the command line.
-        let code = if matches!(error, EngineError::Input(_)) { USAGE } else { 1 };
+        let code = match &error {
+            // What names the slides is typed on the command line.
+            ExperimentError::Engine(error) if matches!(**error, EngineError::Input(_)) => USAGE,
+            ExperimentError::NoCalibration | ExperimentError::Refused { .. } => USAGE,
+            _ => 1,
+        };
         Self { message: error.chain(), hint: error.hint(), code }
     }
 }
@@ -112,6 +120,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::execute(&args),
         Command::Tiles(args) => tiles::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
+        Command::Optimize(args) => optimize::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
     };
     match outcome {

@@ -78,6 +78,33 @@ pub(crate) struct TilingOptions {
     coords: Option<Text>,
 }
 
+/// What is said of a model that has no card.
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct BareOptions {
+    /// classification, segmentation or features
+    #[arg(long, value_name = "TASK", help_heading = "For a bare .onnx model")]
+    task: Option<Text>,
+    /// Side of a tile in pixels
+    #[arg(long, value_name = "N", help_heading = "For a bare .onnx model")]
+    tile_size: Option<Text>,
+    /// Class names in the order of the outputs
+    #[arg(long, value_name = "A,B,…", help_heading = "For a bare .onnx model")]
+    class_names: Option<Text>,
+    /// Mean of RGB/255
+    #[arg(long, value_name = "R,G,B", help_heading = "For a bare .onnx model")]
+    mean: Option<Text>,
+    /// Standard deviation of RGB/255
+    #[arg(long, value_name = "R,G,B", help_heading = "For a bare .onnx model")]
+    std: Option<Text>,
+    /// softmax, sigmoid or none
+    #[arg(long, value_name = "NAME", help_heading = "For a bare .onnx model")]
+    activation: Option<Text>,
+    /// Which tokens make the features: cls, mean or cls+mean
+    #[arg(long, value_name = "NAME", help_heading = "For a bare .onnx model")]
+    pool: Option<Text>,
+}
+
 /// What a run does with slides.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -137,27 +164,9 @@ pub(crate) struct RunOptions {
     #[arg(long, num_args = 0, default_missing_value = "true", conflicts_with = "quiet")]
     log_json: Option<bool>,
 
-    /// classification, segmentation or features
-    #[arg(long, value_name = "TASK", help_heading = "For a bare .onnx model")]
-    task: Option<Text>,
-    /// Side of a tile in pixels
-    #[arg(long, value_name = "N", help_heading = "For a bare .onnx model")]
-    tile_size: Option<Text>,
-    /// Class names in the order of the outputs
-    #[arg(long, value_name = "A,B,…", help_heading = "For a bare .onnx model")]
-    class_names: Option<Text>,
-    /// Mean of RGB/255
-    #[arg(long, value_name = "R,G,B", help_heading = "For a bare .onnx model")]
-    mean: Option<Text>,
-    /// Standard deviation of RGB/255
-    #[arg(long, value_name = "R,G,B", help_heading = "For a bare .onnx model")]
-    std: Option<Text>,
-    /// softmax, sigmoid or none
-    #[arg(long, value_name = "NAME", help_heading = "For a bare .onnx model")]
-    activation: Option<Text>,
-    /// Which tokens make the features: cls, mean or cls+mean
-    #[arg(long, value_name = "NAME", help_heading = "For a bare .onnx model")]
-    pool: Option<Text>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(super) bare: BareOptions,
 }
 
 impl RunOptions {
@@ -186,6 +195,11 @@ pub(crate) struct TilingDefaults {
 }
 
 impl TilingOptions {
+    /// The resolution that the model sees, if it was given.
+    pub(crate) fn target_mpp(&self) -> Result<Option<Mpp>, Failure> {
+        parse("target_mpp", &self.target_mpp)
+    }
+
     /// Where resolutions by slide are listed.
     pub(crate) fn mpp_csv(&self) -> Result<Option<PathBuf>, Failure> {
         parse("mpp_csv", &self.mpp_csv)
@@ -297,13 +311,15 @@ impl RunOptions {
     pub(super) fn cohort(&self) -> CohortOptions {
         CohortOptions { force: self.force.unwrap_or(false), fail_fast: self.fail_fast.unwrap_or(false) }
     }
+}
 
-    /// What is said of a model without a card.
-    pub(super) fn bare_model(&self) -> Result<BareModel, Failure> {
+impl BareOptions {
+    /// The model that a bare `.onnx` file is, made for `target_mpp`.
+    pub(super) fn model(&self, target_mpp: Option<Mpp>) -> Result<BareModel, Failure> {
         Ok(BareModel {
             task: parse("task", &self.task)?,
             tile_size: parse("tile_size", &self.tile_size)?,
-            target_mpp: parse("target_mpp", &self.tiling.target_mpp)?,
+            target_mpp,
             class_names: self.class_names.as_ref().map(|text| text.0.split(',').map(|n| n.trim().to_owned()).collect()),
             mean: channels("mean", &self.mean)?,
             std: channels("std", &self.std)?,

@@ -36,7 +36,7 @@ pub(super) fn config(card: &ModelCard, options: &RunOptions) -> Result<RunConfig
 /// Loads the model at `path` as the options say.
 pub(super) fn engine(path: &Path, options: &RunOptions) -> Result<Engine, Failure> {
     native::openslide()?;
-    let card = ModelCard::load(path, &options.bare_model()?)?;
+    let card = ModelCard::load(path, &options.bare.model(options.tiling.target_mpp()?)?)?;
     let config = config(&card, options)?;
     let request = LoadRequest {
         variant: options.variant().map(str::to_owned),
@@ -75,7 +75,7 @@ fn applicable(task: Task) -> &'static [Emit] {
     }
 }
 
-fn libraries() -> BTreeMap<String, LibraryRecord> {
+pub(super) fn libraries() -> BTreeMap<String, LibraryRecord> {
     let record = |loaded: &native::Loaded| LibraryRecord {
         version: loaded.version.clone(),
         path: loaded.path.display().to_string(),
@@ -85,7 +85,7 @@ fn libraries() -> BTreeMap<String, LibraryRecord> {
     loaded.into_iter().filter_map(|(name, library)| Some((name.to_owned(), record(library.ok()?)))).collect()
 }
 
-fn hardware() -> HardwareRecord {
+pub(super) fn hardware() -> HardwareRecord {
     let devices = device::list();
     let kinds = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
     HardwareRecord {

@@ -47,7 +47,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         inputs::add_mpp(&mut slides, &path)?;
     }
     if options.dry_run() {
-        let card = ModelCard::load(&args.model, &options.bare_model()?)?;
+        let card = ModelCard::load(&args.model, &options.bare.model(options.tiling.target_mpp()?)?)?;
         return Ok(dry_run(&slides, &prepare::config(&card, &options)?.tiling));
     }
     let mut engine = prepare::engine(&args.model, &options)?;

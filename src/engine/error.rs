@@ -143,16 +143,21 @@ impl EngineError {
     /// The message with the messages of what caused it.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            let message = error.to_string();
-            // A transparent wrapper repeats its source.
-            if !text.ends_with(&message) {
-                text = format!("{text}: {message}");
-            }
-            cause = error.source();
-        }
-        text
+        chain(self)
     }
+}
+
+/// An error's message with those of its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        // A transparent wrapper repeats its source.
+        if !text.ends_with(&message) {
+            text = format!("{text}: {message}");
+        }
+        cause = error.source();
+    }
+    text
 }

@@ -22,6 +22,7 @@ use crossbeam_channel::bounded;
 
 use self::config::RunConfig;
 pub use self::error::EngineError;
+pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
 use self::plan::SlidePlan;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};

@@ -53,7 +53,8 @@ pub fn compare(task: Task, original: &[Prediction], variant: &[Prediction], thre
     let pairs = || original.iter().zip(&variant);
     let mut cosines: Vec<f64> = pairs().filter_map(|(a, b)| measure::cosine(&a.values, &b.values)).collect();
     cosines.sort_by(f64::total_cmp);
-    let max_abs_difference = pairs().map(|(a, b)| measure::max_abs_difference(&a.values, &b.values)).fold(0.0, f64::max);
+    let max_abs_difference =
+        pairs().map(|(a, b)| measure::max_abs_difference(&a.values, &b.values)).fold(0.0, f64::max);
     let class_count = original.first().map_or(0, |row| row.means.len());
     let (mut same, mut all) = (0usize, 0usize);
     let mut confusion = measure::Confusion::new(class_count);

@@ -3,12 +3,18 @@
 use std::path::PathBuf;
 
 use crate::engine::EngineError;
+use crate::engine::inputs::InputError;
+use crate::geometry::GridError;
 use crate::inference::{ModelError, SessionError};
-use crate::onnx::lora::LoraError;
+use crate::native::NativeError;
+use crate::onnx::lora::{AdapterError, LoraError};
 use crate::onnx::passes::EvaluateError;
+use crate::onnx::passes::fp16::Fp16Error;
 use crate::onnx::passes::image_input::ImageInputError;
 use crate::onnx::{OnnxError, RewriteError};
+use crate::output::OutputError;
 use crate::slide::SlideError;
+use crate::tissue::TissueError;
 
 /// What stopped an experiment.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +35,12 @@ pub enum ExperimentError {
     /// The model's input can't take bytes.
     #[error(transparent)]
     ImageInput(#[from] ImageInputError),
+    /// The model can't be made 16 bits.
+    #[error(transparent)]
+    Fp16(#[from] Fp16Error),
+    /// The adapter can't be read.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// The adapter can't be merged.
     #[error(transparent)]
     Lora(#[from] LoraError),
@@ -79,19 +91,43 @@ pub enum ExperimentError {
     },
 }
 
-impl<E: Into<EngineError>> From<E> for ExperimentError {
-    fn from(error: E) -> Self {
-        Self::Engine(Box::new(error.into()))
-    }
+/// What the engine can fail with too.
+macro_rules! from_engine {
+    ($($error:ty),*) => { $(
+        impl From<$error> for ExperimentError {
+            fn from(error: $error) -> Self {
+                Self::Engine(Box::new(error.into()))
+            }
+        }
+    )* };
 }
+from_engine!(
+    EngineError,
+    GridError,
+    InputError,
+    ModelError,
+    NativeError,
+    OutputError,
+    SessionError,
+    SlideError,
+    TissueError
+);
 
 impl ExperimentError {
+    /// The message with those of its causes.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        crate::engine::chain(self)
+    }
+
     /// How to put it right.
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         let text = match self {
             Self::Engine(error) => return error.hint(),
             Self::Onnx(error) => error.hint()?,
+            Self::Adapter(error) => error.hint()?,
+            Self::Lora(error) => error.hint()?,
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",
             Self::Refused { what: "INT8", .. } => "use the TensorRT provider for INT8 on a GPU, or FP16",

@@ -61,7 +61,8 @@ impl TileSet {
         if tiles.is_empty() {
             return Err(ExperimentError::NoTiles { path: paths.first().cloned().unwrap_or_default() });
         }
-        let source = format!("{} tiles of {} slides and {} images, seed {seed}", tiles.len(), slides.len(), images.len());
+        let source =
+            format!("{} tiles of {} slides and {} images, seed {seed}", tiles.len(), slides.len(), images.len());
         Ok(Self { tiles, source })
     }
 

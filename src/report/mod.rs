@@ -3,10 +3,16 @@
 //! Only this module and what serves HTTP know JSON; domain types are converted at the edge. Fields are only ever added
 //! within a schema version.
 
+mod optimize;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+pub use self::optimize::{
+    NodeRecord, OPTIMIZE_SCHEMA, OptimizeRecord, PassRecord, SpeedRecord, VariantAgreement, VariantRecord,
+};
 
 /// Schema of [`RunRecord`].
 pub const RUN_SCHEMA: &str = "slidestream/run/1";

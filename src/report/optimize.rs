@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{HardwareRecord, LibraryRecord};
 
 /// The schema's name and version.
-pub const OPTIMIZE_SCHEMA: &str = "slidestream-optimize/1";
+pub const OPTIMIZE_SCHEMA: &str = "slidestream/optimize/1";
 
 /// The whole account.
 #[derive(Clone, Debug, Serialize)]

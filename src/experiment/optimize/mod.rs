@@ -10,6 +10,7 @@ mod trial;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -140,7 +141,7 @@ pub fn optimize(
     let mut made = existing(card, &request.out)?;
 
     let (model, merged) = match &request.lora {
-        Some(path) => merge(model, &Adapter::load(path).map_err(lora::LoraError::from)?)?,
+        Some(path) => merge(model, &Adapter::load(path)?)?,
         None => (model, None),
     };
     // With an adapter, what it makes of the model is the original that variants are held against.
@@ -206,7 +207,12 @@ impl Graphs<'_> {
         let mut convolutions = self.clean.clone();
         let passes = recipe::up_convolutions(&mut convolutions)?;
         if passes.iter().any(|pass| pass.applied() > 0) {
-            candidates.push(self.candidate("fp32-rewritten", convolutions, passes, "cleaned, up-convolutions rewritten")?);
+            candidates.push(self.candidate(
+                "fp32-rewritten",
+                convolutions,
+                passes,
+                "cleaned, up-convolutions rewritten",
+            )?);
         }
         let mut transformer = self.clean.clone();
         let passes = recipe::transformer(&mut transformer, self.probe)?;
@@ -347,17 +353,25 @@ fn enter(
 }
 
 fn write_card(card: &mut ModelCard, out: &Path) -> Result<(), ExperimentError> {
-    let path = out.join("card.toml");
-    card.path.clone_from(&path);
+    card.path = out.join("card.toml");
     let text = card.to_toml()?;
+    write(&card.path, text.as_bytes())
+}
+
+/// Writes a file under a temporary name first.
+///
+/// # Errors
+/// [`ExperimentError::File`] with the system's reason.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<(), ExperimentError> {
     let write = || {
-        let mut file = tempfile::Builder::new().prefix(".card-").tempfile_in(out)?;
-        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut file = tempfile::Builder::new().prefix(".write-").tempfile_in(folder)?;
+        file.write_all(bytes)?;
         file.as_file().sync_all()?;
-        file.persist(&path)?;
+        file.persist(path)?;
         Ok(())
     };
-    write().map_err(|source| file_error(&path, "written", source))
+    write().map_err(|source| file_error(path, "written", source))
 }
 
 pub(super) fn file_error(path: &Path, doing: &'static str, source: std::io::Error) -> ExperimentError {

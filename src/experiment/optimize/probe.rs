@@ -17,9 +17,9 @@ pub(super) struct Probe<'a> {
 impl Probe<'_> {
     /// The outputs of a part of the model for a case; `None` if there is no such case.
     pub(super) fn evaluate(&self, model: &Model, case: Case) -> Result<Option<Vec<Tensor>>, EvaluateError> {
-        let (batch, side) = match case {
-            Case::Batch(batch) => (batch, self.contract.side),
-            Case::OtherSide if self.has_open_side(model) => (1, 2 * self.contract.side),
+        let batch = match case {
+            Case::Batch(batch) => batch,
+            Case::OtherSide if self.has_open_side(model) => 1,
             Case::OtherSide => return Ok(None),
         };
         let batch = self.contract.fixed_batch.unwrap_or(batch);
@@ -49,14 +49,14 @@ impl Probe<'_> {
     pub(super) fn each_tile(
         &self,
         model: &Model,
-        mut take: impl FnMut(Vec<Tensor>),
+        mut take: impl FnMut(&Tensor, Vec<Tensor>),
     ) -> Result<(), ExperimentError> {
         let failed = |error| EvaluateError::Run(Box::new(error));
         let mut evaluator = Evaluator::open(model).map_err(failed)?;
         for tile in self.tiles.slices() {
             let batch = vec![tile; self.contract.fixed_batch.unwrap_or(1)];
             let image = image_tensor(self.card, self.contract, &batch);
-            take(evaluator.run(&[(&self.contract.input, &image)]).map_err(failed)?);
+            take(&image, evaluator.run(&[(&self.contract.input, &image)]).map_err(failed)?);
         }
         Ok(())
     }

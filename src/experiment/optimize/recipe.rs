@@ -2,11 +2,11 @@
 
 use super::probe::Probe;
 use crate::experiment::ExperimentError;
+use crate::onnx::Rewriter;
 use crate::onnx::passes::{
     PassReport, attention, batch_norm, clean, conv_transpose, freeze, gelu, layer_norm, layer_scale, skip_layer_norm,
     split_concat,
 };
-use crate::onnx::Rewriter;
 
 /// What every variant begins with: constants folded, norms and scales gone into weights, nothing left that does nothing.
 pub(super) fn clean(rewriter: &mut Rewriter, probe: &Probe<'_>) -> Result<Vec<PassReport>, ExperimentError> {

@@ -61,7 +61,8 @@ impl<'a> Trial<'a> {
 
     /// How much a model agrees with the original, on the CPU.
     pub(super) fn agreement_of(&self, model: &Model) -> Result<Agreement, ExperimentError> {
-        let folder = tempfile::tempdir().map_err(|source| super::file_error(&std::env::temp_dir(), "written", source))?;
+        let folder =
+            tempfile::tempdir().map_err(|source| super::file_error(&std::env::temp_dir(), "written", source))?;
         let file = folder.path().join("candidate.onnx");
         model.clone().save_with_weights(&file)?;
         let variant = Variant::of_file("candidate", &file)?;
@@ -83,7 +84,8 @@ impl<'a> Trial<'a> {
         candidates: Vec<Candidate>,
         say: &mut dyn FnMut(&str),
     ) -> Result<Vec<Verdict>, ExperimentError> {
-        let folder = tempfile::tempdir().map_err(|source| super::file_error(&std::env::temp_dir(), "written", source))?;
+        let folder =
+            tempfile::tempdir().map_err(|source| super::file_error(&std::env::temp_dir(), "written", source))?;
         let mut tried = Vec::new();
         for (index, candidate) in candidates.into_iter().enumerate() {
             say(&format!("checking {} ({})", candidate.name, candidate.note));

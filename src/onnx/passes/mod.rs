@@ -7,7 +7,7 @@ pub mod attention;
 pub mod batch_norm;
 pub mod clean;
 pub mod conv_transpose;
-pub mod element_types;
+mod element_types;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod fp16;

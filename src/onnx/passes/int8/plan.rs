@@ -80,6 +80,11 @@ impl Plan {
         self.nodes.iter().map(|(id, role)| (*id, *role))
     }
 
+    /// The nodes that multiply weights.
+    pub(super) fn weighted(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.nodes().filter_map(|(id, role)| (role == Role::Weighted).then_some(id))
+    }
+
     pub(super) fn role(&self, id: NodeId) -> Option<Role> {
         self.nodes.get(&id).copied()
     }
@@ -218,7 +223,8 @@ fn obstacle(rewriter: &Rewriter, id: NodeId) -> Option<String> {
             && rewriter.float(id, "beta").unwrap_or(1.0) == 1.0
             && rewriter.int(id, "transA").unwrap_or(0) == 0;
         let columns = dims[usize::from(rewriter.int(id, "transB").unwrap_or(0) == 0)];
-        let fits = bias.is_empty() || rewriter.constant_dims(bias).is_some_and(|dims| dims.iter().product::<usize>() == columns);
+        let fits = bias.is_empty()
+            || rewriter.constant_dims(bias).is_some_and(|dims| dims.iter().product::<usize>() == columns);
         if !plain || !fits {
             return Some("scales or transposes what INT8 products can't".to_owned());
         }
@@ -239,7 +245,9 @@ fn between(rewriter: &Rewriter, id: NodeId) -> Option<Role> {
             Some(Role::Carrier)
         }
         "Add" | "Mul" if node.input.iter().any(|value| rewriter.is_constant(value)) => None,
-        "Concat" | "Add" | "Mul" | "AveragePool" | "GlobalAveragePool" | "Sigmoid" | "LeakyRelu" => Some(Role::Rescaling),
+        "Concat" | "Add" | "Mul" | "AveragePool" | "GlobalAveragePool" | "Sigmoid" | "LeakyRelu" => {
+            Some(Role::Rescaling)
+        }
         _ => None,
     }
 }
