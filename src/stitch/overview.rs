@@ -28,7 +28,8 @@ pub struct OverviewBuilder {
     overview: Overview,
     factor: usize,
     threshold: Option<f32>,
-    /// Sums of the row that is being filled, `[class, column]`, and how many cells they hold.
+    /// Sums over the map's rows that the overview's next row is made of: `[class, map column]`, and how many of the
+    /// cells were inferred, `[map column]`.
     sums: Vec<u32>,
     counts: Vec<u32>,
     next_row: u64,
@@ -59,8 +60,8 @@ impl OverviewBuilder {
             overview,
             factor,
             threshold: spec.threshold,
-            sums: vec![0; width * spec.class_count],
-            counts: vec![0; width],
+            sums: vec![0; map_width * spec.class_count],
+            counts: vec![0; map_width],
             next_row: 0,
             map_height,
             class_cells: vec![0; spec.class_count + 1],
@@ -71,16 +72,18 @@ impl OverviewBuilder {
     pub fn add(&mut self, strip: &Strip) {
         debug_assert_eq!(strip.first_row, self.next_row, "strips come in order");
         for row in 0..strip.row_count {
-            let classes = &strip.classes[row * strip.width..(row + 1) * strip.width];
-            for (x, class) in classes.iter().enumerate().filter(|(_, class)| **class > 0) {
-                self.counts[x / self.factor] += 1;
-                self.class_cells[usize::from(*class) - 1] += 1;
-            }
-            for class in 0..self.overview.probabilities.len() {
-                let values = &strip.probabilities_of(class)[row * strip.width..(row + 1) * strip.width];
-                let sums = &mut self.sums[class * self.overview.width..];
-                for (cells, sum) in values.chunks(self.factor).zip(sums) {
-                    *sum += cells.iter().map(|value| u32::from(*value)).sum::<u32>();
+            let columns = row * strip.width..(row + 1) * strip.width;
+            let classes = &strip.classes[columns.clone()];
+            if classes.iter().any(|class| *class > 0) {
+                for (count, class) in self.counts.iter_mut().zip(classes) {
+                    *count += u32::from(*class > 0);
+                }
+                let mut cells = [0u64; 256];
+                classes.iter().for_each(|class| cells[usize::from(*class)] += 1);
+                self.class_cells.iter_mut().zip(&cells[1..]).for_each(|(total, count)| *total += count);
+                for (class, sums) in self.sums.chunks_mut(strip.width).enumerate() {
+                    let values = &strip.probabilities_of(class)[columns.clone()];
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += u32::from(*value));
                 }
             }
             self.next_row += 1;
@@ -91,12 +94,13 @@ impl OverviewBuilder {
     }
 
     fn end_row(&mut self) {
-        let (width, class_count) = (self.overview.width, self.overview.probabilities.len());
-        for x in 0..width {
-            let count = self.counts[x];
+        let (map_width, class_count) = (self.counts.len(), self.overview.probabilities.len());
+        for left in (0..map_width).step_by(self.factor) {
+            let columns = left..(left + self.factor).min(map_width);
+            let count: u32 = self.counts[columns.clone()].iter().sum();
             let (mut best, mut best_mean) = (class_count, 0);
             for class in 0..class_count {
-                let sum = self.sums[class * width + x];
+                let sum: u32 = self.sums[class * map_width..][columns.clone()].iter().sum();
                 let mean = (sum + count / 2).checked_div(count).unwrap_or(0);
                 if best == class_count || mean > best_mean {
                     (best, best_mean) = (class, mean);
