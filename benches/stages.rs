@@ -22,7 +22,7 @@ use slidestream::inference::{
 };
 use slidestream::output::{PyramidSpec, PyramidWriter, Reduce};
 use slidestream::slide::{ReadOptions, Slide, TileReader};
-use slidestream::stitch::{StitchSpec, Stitcher, Strip};
+use slidestream::stitch::{OverviewBuilder, StitchSpec, Stitcher, Strip};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -113,6 +113,7 @@ fn stitch_and_write(plan: &SlidePlan, card: &ModelCard, predictions: &[Predictio
     let mut stitcher = Stitcher::new(spec).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let mut maps = maps(folder.path(), &stitcher, card, plan);
+    let mut overview = OverviewBuilder::new(&spec, 4096).unwrap();
     let (mut total, mut write) = (Duration::ZERO, Duration::ZERO);
     let mut used: Vec<Strip> = Vec::new();
     let mut emit = |strip: Strip, used: &mut Vec<Strip>| {
@@ -121,6 +122,7 @@ fn stitch_and_write(plan: &SlidePlan, card: &ModelCard, predictions: &[Predictio
             let rows = if class < class_count { strip.probabilities_of(class) } else { &strip.classes };
             map.push_rows(rows).unwrap();
         }
+        overview.add(&strip);
         write += start.elapsed();
         used.push(strip);
     };

@@ -19,9 +19,18 @@ const PICTURE_SIDE: u32 = 1600;
 /// Longest side of the picture of the slide that a region's picture is cut from.
 const MAX_THUMBNAIL_SIDE: u32 = 8192;
 
+/// The region of the run as a picture, and the area that its pixels cover.
+pub(super) struct SlidePicture {
+    pixels: RgbImage,
+    area: Level0Rect,
+}
+
 /// Draws the classes over the slide.
-pub(super) fn write_overlay(target: &Target<'_>, overview: &Overview) -> Result<Written, EngineError> {
-    let (pixels, area) = slide_picture(target)?;
+pub(super) fn write_overlay(
+    target: &Target<'_>,
+    SlidePicture { pixels, area }: &SlidePicture,
+    overview: &Overview,
+) -> Result<Written, EngineError> {
     let classes: Vec<OverlayClass> = target
         .class_styles()
         .into_iter()
@@ -39,12 +48,12 @@ pub(super) fn write_overlay(target: &Target<'_>, overview: &Overview) -> Result<
         classes: &classes,
         floor: target.config.threshold,
     };
-    let thumbnail = Thumbnail { pixels: &pixels, area, um_per_px: um_per_px(target, area, &pixels) };
+    let thumbnail = Thumbnail { pixels, area: *area, um_per_px: um_per_px(target, *area, pixels) };
     Ok(write_png(&target.path("overlays", "png"), &draw_overlay(&thumbnail, &overlay))?)
 }
 
-/// Draws the tissue mask and writes its contours, as far as asked for.
-pub(super) fn write_masks(target: &Target<'_>) -> Result<Vec<Written>, EngineError> {
+/// Draws the tissue mask, if there is a picture to draw it on, and writes its contours, if they are asked for.
+pub(super) fn write_masks(target: &Target<'_>, picture: Option<&SlidePicture>) -> Result<Vec<Written>, EngineError> {
     let Some(mask) = &target.plan.tissue else { return Ok(Vec::new()) };
     let labels = labels();
     let values: Vec<u8> = mask.cells().iter().map(|cell| value_of(*cell)).collect();
@@ -58,8 +67,7 @@ pub(super) fn write_masks(target: &Target<'_>) -> Result<Vec<Written>, EngineErr
         cell_height: mask.scale_y(),
     };
     let mut written = Vec::new();
-    if target.config.emit.contains(&Emit::Png) {
-        let (pixels, area) = slide_picture(target)?;
+    if let Some(SlidePicture { pixels, area }) = picture {
         let picture = MaskPicture {
             title: target.id,
             subtitle: "what was taken for tissue",
@@ -67,7 +75,7 @@ pub(super) fn write_masks(target: &Target<'_>) -> Result<Vec<Written>, EngineErr
             values: &values,
             labels: &labels,
         };
-        let thumbnail = Thumbnail { pixels: &pixels, area, um_per_px: um_per_px(target, area, &pixels) };
+        let thumbnail = Thumbnail { pixels, area: *area, um_per_px: um_per_px(target, *area, pixels) };
         written.push(write_png(&target.path("masks", "png"), &draw_mask(&thumbnail, &picture))?);
     }
     if target.config.emit.contains(&Emit::GeoJson) {
@@ -86,26 +94,27 @@ pub(super) fn write_masks(target: &Target<'_>) -> Result<Vec<Written>, EngineErr
     Ok(written)
 }
 
-/// The region of the run as a picture, and the area that its pixels cover.
-fn slide_picture(target: &Target<'_>) -> Result<(RgbImage, Level0Rect), EngineError> {
-    let (region, extent) = (target.plan.plane.region, target.plan.slide.extent());
-    // A small region needs a larger picture of the slide to be cut from.
-    let zoom = extent.width.max(extent.height) as f64 / region.width.max(region.height) as f64;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to a picture's size")]
-    let side = (f64::from(PICTURE_SIDE) * zoom).min(f64::from(MAX_THUMBNAIL_SIDE)) as u32;
-    let thumbnail = target.plan.slide.thumbnail(side)?;
-    let (scale_x, scale_y) = (thumbnail.scale_x, thumbnail.scale_y);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the region lies within the slide")]
-    let pixel = |level0: i64, scale: f64, round: fn(f64) -> f64| round(level0 as f64 / scale).max(0.0) as u32;
-    let (left, top) = (pixel(region.x, scale_x, f64::floor), pixel(region.y, scale_y, f64::floor));
-    let right = pixel(region.x + region.width, scale_x, f64::ceil).min(thumbnail.image.width()).max(left + 1);
-    let bottom = pixel(region.y + region.height, scale_y, f64::ceil).min(thumbnail.image.height()).max(top + 1);
-    let picture = imageops::crop_imm(&thumbnail.image, left, top, right - left, bottom - top).to_image();
-    #[expect(clippy::cast_possible_truncation, reason = "within the slide")]
-    let level0 = |pixel: u32, scale: f64| (f64::from(pixel) * scale).round() as i64;
-    let (x, y) = (level0(left, scale_x), level0(top, scale_y));
-    let area = Level0Rect { x, y, width: level0(right, scale_x) - x, height: level0(bottom, scale_y) - y };
-    Ok((picture, area))
+impl SlidePicture {
+    pub(super) fn new(target: &Target<'_>) -> Result<Self, EngineError> {
+        let (region, extent) = (target.plan.plane.region, target.plan.slide.extent());
+        // A small region needs a larger picture of the slide to be cut from.
+        let zoom = extent.width.max(extent.height) as f64 / region.width.max(region.height) as f64;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to a picture's size")]
+        let side = (f64::from(PICTURE_SIDE) * zoom).min(f64::from(MAX_THUMBNAIL_SIDE)) as u32;
+        let thumbnail = target.plan.slide.thumbnail(side)?;
+        let (scale_x, scale_y) = (thumbnail.scale_x, thumbnail.scale_y);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the region lies within the slide")]
+        let pixel = |level0: i64, scale: f64, round: fn(f64) -> f64| round(level0 as f64 / scale).max(0.0) as u32;
+        let (left, top) = (pixel(region.x, scale_x, f64::floor), pixel(region.y, scale_y, f64::floor));
+        let right = pixel(region.x + region.width, scale_x, f64::ceil).min(thumbnail.image.width()).max(left + 1);
+        let bottom = pixel(region.y + region.height, scale_y, f64::ceil).min(thumbnail.image.height()).max(top + 1);
+        let picture = imageops::crop_imm(&thumbnail.image, left, top, right - left, bottom - top).to_image();
+        #[expect(clippy::cast_possible_truncation, reason = "within the slide")]
+        let level0 = |pixel: u32, scale: f64| (f64::from(pixel) * scale).round() as i64;
+        let (x, y) = (level0(left, scale_x), level0(top, scale_y));
+        let area = Level0Rect { x, y, width: level0(right, scale_x) - x, height: level0(bottom, scale_y) - y };
+        Ok(Self { pixels: picture, area })
+    }
 }
 
 fn um_per_px(target: &Target<'_>, area: Level0Rect, pixels: &RgbImage) -> f64 {

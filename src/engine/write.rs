@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::EngineError;
 use super::config::{Emit, RunConfig};
-use super::pictures;
+use super::pictures::{self, SlidePicture};
 use super::plan::SlidePlan;
 use crate::geometry::{Level0Rect, PixelSize};
 use crate::inference::{ModelCard, Task};
@@ -154,20 +154,15 @@ impl<'a> SlideFiles<'a> {
         written.extend(csv.map(TileCsvWriter::finish).transpose()?);
         written.extend(geojson.map(TileGeoJsonWriter::finish).transpose()?);
         written.extend(features.map(FeaturesWriter::finish).transpose()?);
-        let mut class_shares = Vec::new();
-        if let Some(maps) = maps {
-            let writers: Vec<PyramidWriter> = maps.probabilities.into_iter().chain(maps.classes).collect();
-            written.extend(writers.into_par_iter().map(PyramidWriter::finish).collect::<Result<Vec<_>, _>>()?);
-            let (overview, cells) = maps.overview.finish();
-            class_shares = shares(&target.class_names(), &cells);
-            if target.emits(Emit::GeoJson) {
-                written.push(target.write_regions(&overview)?);
-            }
-            if target.emits(Emit::Png) {
-                written.push(pictures::write_overlay(&target, &overview)?);
-            }
-        }
-        written.extend(pictures::write_masks(&target)?);
+        let is_drawn = target.emits(Emit::Png) && (maps.is_some() || target.plan.tissue.is_some());
+        let picture = is_drawn.then(|| SlidePicture::new(&target)).transpose()?;
+        let (rest, masks) = rayon::join(
+            || maps.map(|maps| maps.finish(&target, picture.as_ref())).transpose(),
+            || pictures::write_masks(&target, picture.as_ref()),
+        );
+        let (maps, class_shares) = rest?.unwrap_or_default();
+        written.extend(maps);
+        written.extend(masks?);
         let outputs = written.into_iter().map(|file| target.record(&file)).collect();
         Ok(SlideResults { outputs, inferred, failed, class_shares })
     }
@@ -230,6 +225,26 @@ impl Target<'_> {
 }
 
 impl Maps {
+    /// Completes the maps and what is made from the overview: the files, and the classes' shares.
+    fn finish(
+        self,
+        target: &Target<'_>,
+        picture: Option<&SlidePicture>,
+    ) -> Result<(Vec<Written>, Vec<(String, f64)>), EngineError> {
+        let (overview, cells) = self.overview.finish();
+        let writers: Vec<PyramidWriter> = self.probabilities.into_iter().chain(self.classes).collect();
+        let regions = || target.emits(Emit::GeoJson).then(|| target.write_regions(&overview)).transpose();
+        let overlay = || picture.map(|picture| pictures::write_overlay(target, picture, &overview)).transpose();
+        let (maps, (regions, overlay)) = rayon::join(
+            || writers.into_par_iter().map(PyramidWriter::finish).collect::<Result<Vec<_>, _>>(),
+            || rayon::join(regions, overlay),
+        );
+        let mut written = maps?;
+        written.extend(regions?);
+        written.extend(overlay?);
+        Ok((written, shares(&target.class_names(), &cells)))
+    }
+
     fn create(target: &Target<'_>, spec: &StitchSpec) -> Result<Self, EngineError> {
         let too_large = || EngineError::MapTooLarge { path: target.plan.slide.path.clone() };
         let overview = OverviewBuilder::new(spec, OVERVIEW_SIDE).ok_or_else(too_large)?;

@@ -7,9 +7,16 @@
 //! Sums are integers: a probability is stored in steps of 1/4095 and multiplied by a weight of at most 4096, so 256
 //! tiles may cover a cell before 32 bits overflow, and the result does not depend on the order of addition.
 
-use ndarray::ArrayView3;
+mod overview;
 
-use crate::geometry::{PixelSize, TilePlane, TilePosition};
+use std::borrow::Cow;
+use std::ops::Range;
+
+use ndarray::ArrayView3;
+use rayon::prelude::*;
+
+pub use self::overview::{Overview, OverviewBuilder};
+use crate::geometry::{TilePlane, TilePosition};
 
 /// Steps between probability 0 and 1 in the sums.
 const PROBABILITY_STEPS: f32 = 4095.0;
@@ -79,12 +86,15 @@ pub struct Stitcher {
 }
 
 /// Sums of one row of cells.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Row {
     /// `[class, column]`.
     sums: Vec<u32>,
     weights: Vec<u32>,
-    touched: bool,
+    /// What a sum is multiplied with to be a probability of 0..=255; made once the row is complete.
+    scales: Vec<f32>,
+    /// The columns that tiles cover, and perhaps some between them.
+    touched: Range<usize>,
 }
 
 impl Stitcher {
@@ -98,12 +108,11 @@ impl Stitcher {
         }
         let (width, height) = map_size(&spec);
         let span = spec.plane.tile_size.div_ceil(spec.cell) as usize + 1;
-        let row = Row { sums: Vec::new(), weights: Vec::new(), touched: false };
         Ok(Self {
             spec,
             width,
             height,
-            rows: vec![row; span],
+            rows: vec![Row::default(); span],
             first_row: 0,
             window: blend_window(spec.plane.tile_size, spec.overlap),
             spare: Vec::new(),
@@ -134,13 +143,13 @@ impl Stitcher {
         self.advance(at.plane_y, emit);
         let quantised: Vec<u32> = probabilities.iter().map(|p| quantise(*p)).collect();
         let columns = self.cells_covered(at.plane_x, self.width as u64);
+        let column = |cell: &(u64, u32)| usize::try_from(cell.0).unwrap_or(usize::MAX);
+        let (Some(first), Some(last)) = (columns.first().map(column), columns.last().map(column)) else { return };
         for (y, weight_y) in self.cells_covered(at.plane_y, self.height) {
             let width = self.width;
-            let row = self.row_mut(y);
-            for &(x, weight_x) in &columns {
+            let row = self.row_mut(y, first..last + 1);
+            for (x, (_, weight_x)) in (first..).zip(&columns) {
                 let weight = weight_x * weight_y;
-                #[expect(clippy::cast_possible_truncation, reason = "columns lie within the width, a usize")]
-                let x = x as usize;
                 row.weights[x] += weight;
                 for (class, value) in quantised.iter().enumerate() {
                     row.sums[class * width + x] += weight * value;
@@ -173,14 +182,15 @@ impl Stitcher {
             let tile_row = index(tile_row);
             let weight_y = self.window[tile_row];
             let weights: Vec<u32> = self.window[first..last].iter().map(|weight| weight * weight_y).collect();
-            let row = self.row_mut(y);
+            let row = self.row_mut(y, left..left + weights.len());
             for (sum, weight) in row.weights[left..].iter_mut().zip(&weights) {
                 *sum += weight;
             }
             for (class, plane) in map.outer_iter().enumerate() {
                 let values = plane.row(tile_row);
+                let values = values.as_slice().map_or_else(|| Cow::Owned(values.to_vec()), Cow::Borrowed);
                 let sums = &mut row.sums[class * width + left..class * width + left + weights.len()];
-                for ((sum, weight), value) in sums.iter_mut().zip(&weights).zip(values.iter().skip(first)) {
+                for ((sum, weight), value) in sums.iter_mut().zip(&weights).zip(&values[first..]) {
                     *sum += weight * quantise(*value);
                 }
             }
@@ -199,8 +209,10 @@ impl Stitcher {
     }
 
     fn emit_until(&mut self, end: u64, emit: &mut impl FnMut(Strip)) {
+        // A slot of the ring holds one row: a strip must not need it twice.
+        let most = STRIP_ROWS.min(self.rows.len());
         while self.first_row < end {
-            let count = usize::try_from(end - self.first_row).unwrap_or(STRIP_ROWS).min(STRIP_ROWS);
+            let count = usize::try_from(end - self.first_row).unwrap_or(most).min(most);
             let strip = self.take_strip(count);
             emit(strip);
         }
@@ -217,20 +229,20 @@ impl Stitcher {
         strip.probabilities.resize(cells * class_count, 0);
         strip.classes.clear();
         strip.classes.resize(cells, 0);
-        for index in 0..row_count {
-            let slot = self.slot(self.first_row);
-            let row = &mut self.rows[slot];
-            if row.touched {
-                let classes = &mut strip.classes[index * width..(index + 1) * width];
-                for class in 0..class_count {
-                    let start = class * cells + index * width;
-                    row.write_probabilities(class, &mut strip.probabilities[start..start + width]);
-                }
-                row.write_classes(class_count, self.spec.threshold, classes);
-                row.clear();
-            }
-            self.first_row += 1;
+        let slots: Vec<usize> = (0..row_count as u64).map(|row| self.slot(self.first_row + row)).collect();
+        let Self { spec, rows, .. } = self;
+        for slot in &slots {
+            rows[*slot].complete();
         }
+        // Every line of the strip is made from one row, whatever the others hold.
+        let lines = strip.probabilities.par_chunks_mut(width.max(1)).enumerate();
+        lines.for_each(|(line, out)| rows[slots[line % row_count]].write_probabilities(line / row_count, out));
+        let lines = strip.classes.par_chunks_mut(width.max(1)).zip(&slots);
+        lines.for_each(|(out, slot)| rows[*slot].write_classes(class_count, spec.threshold, out));
+        for slot in &slots {
+            rows[*slot].clear();
+        }
+        self.first_row += row_count as u64;
         strip
     }
 
@@ -238,8 +250,9 @@ impl Stitcher {
         usize::try_from(row % self.rows.len() as u64).unwrap_or(0)
     }
 
-    /// The row's sums; its memory is made on first use, so that rows without tissue cost nothing.
-    fn row_mut(&mut self, row: u64) -> &mut Row {
+    /// The row's sums, of which `columns` are about to change; its memory is made on first use, so that rows without
+    /// tissue cost nothing.
+    fn row_mut(&mut self, row: u64, columns: Range<usize>) -> &mut Row {
         let slot = self.slot(row);
         let (width, class_count) = (self.width, self.spec.class_count);
         let row = &mut self.rows[slot];
@@ -247,7 +260,7 @@ impl Stitcher {
             row.weights.resize(width, 0);
             row.sums.resize(width * class_count, 0);
         }
-        row.touched = true;
+        row.touch(columns);
         row
     }
 
@@ -269,41 +282,67 @@ impl Stitcher {
 }
 
 impl Row {
+    /// Notes that no more tiles will come.
+    fn complete(&mut self) {
+        let columns = self.touched.clone();
+        self.scales.resize(self.weights.len(), 0.0);
+        for (scale, weight) in self.scales[columns.clone()].iter_mut().zip(&self.weights[columns]) {
+            *scale = 255.0 / PROBABILITY_STEPS / (*weight).max(1) as f32;
+        }
+    }
+
     fn write_probabilities(&self, class: usize, out: &mut [u8]) {
-        let width = self.weights.len();
-        let sums = &self.sums[class * width..(class + 1) * width];
-        for ((out, sum), weight) in out.iter_mut().zip(sums).zip(&self.weights) {
-            // Both are whole numbers below 2^28; the quotient is at most 255.
-            let scaled = *sum as f32 * (255.0 / PROBABILITY_STEPS) / (*weight).max(1) as f32;
+        let (width, columns) = (self.weights.len(), self.touched.clone());
+        let sums = &self.sums[class * width..][columns.clone()];
+        for ((out, sum), scale) in out[columns.clone()].iter_mut().zip(sums).zip(&self.scales[columns]) {
+            // The sum is a whole number below 2^28, and the product at most 255.
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=255 by construction")]
-            let level = (scaled + 0.5) as u8;
+            let level = (*sum as f32 * scale + 0.5) as u8;
             *out = level;
         }
     }
 
     fn write_classes(&self, class_count: usize, threshold: Option<f32>, out: &mut [u8]) {
-        let width = self.weights.len();
-        for (x, out) in out.iter_mut().enumerate() {
-            let weight = self.weights[x];
-            if weight == 0 {
-                continue;
+        let (width, columns) = (self.weights.len(), self.touched.clone());
+        let out = &mut out[columns.clone()];
+        let weights = &self.weights[columns.clone()];
+        // Class by class over whole rows: the loops over columns then run on vectors.
+        let mut best = self.sums[columns.clone()].to_vec();
+        out.fill(1);
+        for class in 1..class_count {
+            let value = u8::try_from(class + 1).unwrap_or(u8::MAX);
+            let sums = &self.sums[class * width..][columns.clone()];
+            for ((out, best), sum) in out.iter_mut().zip(&mut best).zip(sums) {
+                *out = if sum > best { value } else { *out };
+                *best = (*best).max(*sum);
             }
-            let (mut best, mut best_sum) = (0, self.sums[x]);
-            for class in 1..class_count {
-                let sum = self.sums[class * width + x];
-                if sum > best_sum {
-                    (best, best_sum) = (class, sum);
-                }
+        }
+        if let Some(threshold) = threshold {
+            let none = u8::try_from(class_count + 1).unwrap_or(u8::MAX);
+            for ((out, best), weight) in out.iter_mut().zip(&best).zip(weights) {
+                let is_reached = *best as f32 >= threshold * PROBABILITY_STEPS * *weight as f32;
+                *out = if is_reached { *out } else { none };
             }
-            let reached = threshold.is_none_or(|p| best_sum as f32 >= p * PROBABILITY_STEPS * weight as f32);
-            *out = u8::try_from(if reached { best } else { class_count }).map_or(u8::MAX, |class| class + 1);
+        }
+        for (out, weight) in out.iter_mut().zip(weights) {
+            *out = if *weight == 0 { 0 } else { *out };
         }
     }
 
     fn clear(&mut self) {
-        self.sums.fill(0);
-        self.weights.fill(0);
-        self.touched = false;
+        let (width, columns) = (self.weights.len(), std::mem::take(&mut self.touched));
+        for sums in self.sums.chunks_mut(width.max(1)) {
+            sums[columns.clone()].fill(0);
+        }
+        self.weights[columns].fill(0);
+    }
+
+    /// Widens what counts as covered.
+    fn touch(&mut self, columns: Range<usize>) {
+        self.touched = match self.touched.is_empty() {
+            true => columns,
+            false => self.touched.start.min(columns.start)..self.touched.end.max(columns.end),
+        };
     }
 }
 
@@ -339,127 +378,10 @@ fn blend_window(tile_size: u32, overlap: u32) -> Vec<u32> {
     (0..tile_size).map(weight).collect()
 }
 
-/// The whole map at a size that fits memory and a screen, made from the strips as they pass.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Overview {
-    /// Cells per row.
-    pub width: usize,
-    /// Number of rows.
-    pub height: usize,
-    /// Level-0 pixels per cell along x.
-    pub cell_width: f64,
-    /// Level-0 pixels per cell along y.
-    pub cell_height: f64,
-    /// Size of a cell in µm.
-    pub cell_size: PixelSize,
-    /// Mean probability over the inferred part of a cell, `[class][row, column]`, 0..=255.
-    pub probabilities: Vec<Vec<u8>>,
-    /// Classes `[row, column]` as in [`Strip::classes`]: the most probable one of what was inferred in the cell.
-    pub classes: Vec<u8>,
-}
-
-/// Builds an [`Overview`] and counts classes.
-#[derive(Debug)]
-pub struct OverviewBuilder {
-    overview: Overview,
-    factor: usize,
-    threshold: Option<f32>,
-    /// Sums of the row that is being filled, `[class, column]`, and how many cells they hold.
-    sums: Vec<u32>,
-    counts: Vec<u32>,
-    next_row: u64,
-    map_height: u64,
-    /// Number of map cells of each class; the last one counts those of no class.
-    class_cells: Vec<u64>,
-}
-
-impl OverviewBuilder {
-    /// An overview of at most `max_side` cells per side.
-    #[must_use]
-    pub fn new(spec: &StitchSpec, max_side: usize) -> Option<Self> {
-        let (map_width, map_height) = map_size(spec);
-        let longest = map_width.max(usize::try_from(map_height).ok()?);
-        let factor = longest.div_ceil(max_side.max(1)).max(1);
-        let (width, height) = (map_width.div_ceil(factor), usize::try_from(map_height).ok()?.div_ceil(factor));
-        let scale = f64::from(spec.cell) * factor as f64;
-        let overview = Overview {
-            width,
-            height,
-            cell_width: spec.plane.downsample_x * scale,
-            cell_height: spec.plane.downsample_y * scale,
-            cell_size: spec.plane.pixel_size.scaled(scale, scale)?,
-            probabilities: vec![Vec::with_capacity(width * height); spec.class_count],
-            classes: Vec::with_capacity(width * height),
-        };
-        Some(Self {
-            overview,
-            factor,
-            threshold: spec.threshold,
-            sums: vec![0; width * spec.class_count],
-            counts: vec![0; width],
-            next_row: 0,
-            map_height,
-            class_cells: vec![0; spec.class_count + 1],
-        })
-    }
-
-    /// Adds the next rows; strips must come from top to bottom without a gap.
-    pub fn add(&mut self, strip: &Strip) {
-        debug_assert_eq!(strip.first_row, self.next_row, "strips come in order");
-        for row in 0..strip.row_count {
-            let classes = &strip.classes[row * strip.width..(row + 1) * strip.width];
-            for (x, class) in classes.iter().enumerate().filter(|(_, class)| **class > 0) {
-                self.counts[x / self.factor] += 1;
-                self.class_cells[usize::from(*class) - 1] += 1;
-            }
-            for class in 0..self.overview.probabilities.len() {
-                let values = &strip.probabilities_of(class)[row * strip.width..(row + 1) * strip.width];
-                let sums = &mut self.sums[class * self.overview.width..];
-                for (cells, sum) in values.chunks(self.factor).zip(sums) {
-                    *sum += cells.iter().map(|value| u32::from(*value)).sum::<u32>();
-                }
-            }
-            self.next_row += 1;
-            if self.next_row.is_multiple_of(self.factor as u64) || self.next_row == self.map_height {
-                self.end_row();
-            }
-        }
-    }
-
-    fn end_row(&mut self) {
-        let (width, class_count) = (self.overview.width, self.overview.probabilities.len());
-        for x in 0..width {
-            let count = self.counts[x];
-            let (mut best, mut best_mean) = (class_count, 0);
-            for class in 0..class_count {
-                let sum = self.sums[class * width + x];
-                let mean = (sum + count / 2).checked_div(count).unwrap_or(0);
-                if best == class_count || mean > best_mean {
-                    (best, best_mean) = (class, mean);
-                }
-                self.overview.probabilities[class].push(u8::try_from(mean).unwrap_or(u8::MAX));
-            }
-            if self.threshold.is_some_and(|p| (best_mean as f32) < p * 255.0) {
-                best = class_count;
-            }
-            let class = u8::try_from(best).map_or(u8::MAX, |class| class + 1);
-            self.overview.classes.push(if count == 0 { 0 } else { class });
-        }
-        self.sums.fill(0);
-        self.counts.fill(0);
-    }
-
-    /// The overview, and the number of map cells of each class (the last number: inferred, but of no class).
-    #[must_use]
-    pub fn finish(self) -> (Overview, Vec<u64>) {
-        (self.overview, self.class_cells)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::geometry::{Level0Rect, Mpp, TileGrid};
+    use crate::geometry::{Level0Rect, Mpp, PixelSize, TileGrid};
     use ndarray::Array3;
     use proptest::prelude::*;
 
