@@ -5,7 +5,6 @@
 //! nothing is gained, so it is up to the caller whether to run this pass.
 
 use super::PassReport;
-use crate::onnx::build::ints;
 use crate::onnx::{ElementType, NodeId, RewriteError, Rewriter, Tensor};
 
 /// Splits each `Conv` that alone reads a `Concat` of its input channels.
@@ -180,7 +179,7 @@ mod tests {
     use super::super::Outcome;
     use super::*;
     use crate::inference::evaluate;
-    use crate::onnx::build::Graph;
+    use crate::onnx::build::{Graph, ints};
     use crate::onnx::{Dim, Model};
 
     fn split(model: &Model) -> (Model, PassReport) {

@@ -58,10 +58,14 @@ pub(super) fn reasons(
         }
     }
     for id in floats.normalizations() {
-        kept.entry(id).or_insert_with(|| "it is part of a normalisation in single operators".to_owned());
+        kept.entry(id).or_insert_with(|| {
+            "it is part of a norm or softmax in single operators, whose squares and sums need 32 bits".to_owned()
+        });
     }
     for id in floats.from_integers(&kept) {
-        kept.entry(id).or_insert_with(|| "it computes with integers, which 16 bits hold up to 2048 only".to_owned());
+        kept.entry(id).or_insert_with(|| {
+            "it computes with what was an integer, and 16 bits are exact up to 2048 only".to_owned()
+        });
     }
     Ok(kept)
 }
