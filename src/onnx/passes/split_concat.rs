@@ -167,7 +167,6 @@ fn resized(rewriter: &Rewriter, id: NodeId, channels: usize) -> Option<usize> {
         return usize::try_from(*sizes.get(1)?).ok();
     }
     let scales = rewriter.floats(rewriter.input(id, 2))?.to_f32()?;
-    #[expect(clippy::float_cmp, reason = "the exact factor that changes nothing")]
     let is_left_alone = *scales.get(1)? == 1.0;
     is_left_alone.then_some(channels)
 }
@@ -258,9 +257,9 @@ mod tests {
                 graph.node("DepthToSpace", &[&value], &[("blocksize", 2.into())])
             }
         };
-        let channels: i64 = if up == "Resize" { 3 } else { 4 };
+        let channels = if up == "Resize" { 3 } else { 4 };
         let concat = graph.node("Concat", &[&skip, &value], &[("axis", 1.into())]);
-        let decode = graph.weights("decode", &[1, 3 + channels, 1, 1], &values[..3 + channels as usize]);
+        let decode = graph.weights("decode", &[1, 3 + channels as i64, 1, 1], &values[..3 + channels]);
         let value = graph.node("Conv", &[&concat, &decode], &[]);
         graph.output("y", &value, ElementType::F32, &["n".into(), 1.into(), 4.into(), 4.into()]);
         graph

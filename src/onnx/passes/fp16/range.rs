@@ -51,7 +51,6 @@ impl Loss {
 
     /// What the constant loses, if it is worth telling.
     pub(super) fn remark(&self) -> Option<String> {
-        #[expect(clippy::cast_precision_loss, reason = "a share to be read")]
         let share = self.vanished as f64 / self.nonzero.max(1) as f64;
         (share > TOLD_SHARE)
             .then(|| format!("but {:.1} % of its values vanish: they are below {SMALLEST}", share * 100.0))
