@@ -359,7 +359,12 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
         /// `W * k` is rounded once, so the result is off by one rounding of each product and of the bias.
         #[test]
-        fn weights_are_rounded_once(weight in -2.0f32..2.0, bias in -2.0f32..2.0, gamma in 0.1f32..3.0, variance in 1e-3f32..4.0) {
+        fn weights_are_rounded_once(
+            weight in -2.0f32..2.0,
+            bias in -2.0f32..2.0,
+            gamma in 0.1f32..3.0,
+            variance in 1e-3f32..4.0,
+        ) {
             let mut graph = Graph::new("one");
             let x = graph.input("x", ElementType::F32, &[1.into(), 1.into(), 1.into(), 1.into()]);
             let w = graph.weights("w", &[1, 1, 1, 1], &[weight]);

@@ -1,9 +1,9 @@
 //! Turns the `ConvTranspose` that doubles an image into a `Conv` of 1x1 and a `DepthToSpace`.
 //!
 //! With a kernel as large as the stride every output pixel is one product of one input pixel:
-//! `y[o, 2h + i, 2w + j] = sum over c of x[c, h, w] * W[c, o, i, j] + b[o]`. So four times as many channels are computed
-//! where the input pixel is, and then spread. ONNX Runtime's CUDA provider fuses a bias into a `Conv` only, and its CPU
-//! kernels know 8-bit integers for `Conv` only.
+//! `y[o, 2h + i, 2w + j] = sum over c of x[c, h, w] * W[c, o, i, j] + b[o]`. So four times as many channels are
+//! computed where the input pixel is, and then spread. ONNX Runtime's CUDA provider fuses a bias into a `Conv` only, and
+//! its CPU kernels know 8-bit integers for `Conv` only.
 
 use super::PassReport;
 use crate::onnx::build::{Attribute, ints};
@@ -139,7 +139,8 @@ mod tests {
             values in prop::collection::vec(-8i8..8, 100),
         ) {
             let floats: Vec<f32> = values.iter().map(|value| f32::from(*value)).collect();
-            let (weight, x) = (&floats[..inputs * outputs * 4], Tensor::f32(&[2, inputs, 3, 2], floats[40..40 + inputs * 12].to_vec()));
+            let weight = &floats[..inputs * outputs * 4];
+            let x = Tensor::f32(&[2, inputs, 3, 2], floats[40..40 + inputs * 12].to_vec());
             let bias = has_bias.then(|| &floats[..outputs]);
             let before = model(&[inputs, outputs, 2, 2], weight, bias, &[("strides", ints(&[2, 2]))]);
             let (after, report) = rewritten(&before);

@@ -1,8 +1,8 @@
 //! Turns a `Conv` over a `Concat` of channels into the sum of one `Conv` per part.
 //!
 //! A convolution is linear in its channels, so `Conv([a, b])` with weights `[Wa, Wb]` is `Conv(a, Wa) + Conv(b, Wb)`.
-//! The `Concat` and its copies go; the `Add` is fused into the second `Conv` by ONNX Runtime's CUDA provider. On the CPU
-//! nothing is gained, so it is up to the caller whether to run this pass.
+//! The `Concat` and its copies go; the `Add` is fused into the second `Conv` by ONNX Runtime's CUDA provider. On the
+//! CPU nothing is gained, so it is up to the caller whether to run this pass.
 
 use super::PassReport;
 use crate::onnx::{ElementType, NodeId, RewriteError, Rewriter, Tensor};
@@ -214,7 +214,8 @@ mod tests {
             let concat = graph.node("Concat", &names, &[("axis", (-3).into())]);
             let weight = graph.weights("w", &[2, total as i64, 3, 3], &values[..18 * total]);
             let bias = graph.weights("b", &[2], &values[..2]);
-            let operands: Vec<&str> = [concat.as_str(), &weight].into_iter().chain(has_bias.then_some(bias.as_str())).collect();
+            let bias = has_bias.then_some(bias.as_str());
+            let operands: Vec<&str> = [concat.as_str(), &weight].into_iter().chain(bias).collect();
             let attributes = [("pads", ints(&[1, 0, 2, 1])), ("strides", ints(&[stride, stride]))];
             let value = graph.node("Conv", &operands, &attributes);
             graph.output("y", &value, ElementType::F32, &[1.into(), 2.into(), "h".into(), "w".into()]);
@@ -223,7 +224,9 @@ mod tests {
             prop_assert_eq!(report.applied(), 1);
             prop_assert!(!after.op_counts().contains_key("Concat"));
             let tensors: Vec<(&str, Tensor)> = inputs.iter()
-                .map(|(name, channels)| (name.as_str(), Tensor::f32(&[1, *channels, 4, 5], values[7..7 + 20 * channels].to_vec())))
+                .map(|(name, channels)| {
+                    (name.as_str(), Tensor::f32(&[1, *channels, 4, 5], values[7..7 + 20 * channels].to_vec()))
+                })
                 .collect();
             let run = |model| evaluate(model, &tensors).unwrap();
             prop_assert_eq!(run(&before), run(&after));

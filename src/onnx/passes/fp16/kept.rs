@@ -1,8 +1,8 @@
 //! Which nodes stay 32 bits, and why.
 //!
 //! ONNX Runtime's fused kernels read 16 bits and sum in 32 (on CUDA: `MatMul`, `Conv`, `LayerNormalization`, `Softmax`,
-//! `Attention`, pooling and `ReduceMean`), so they are safe. Written out in single operators, the same arithmetic rounds
-//! to 16 bits after every step: squares beyond 65504 overflow and small variances vanish.
+//! `Attention`, pooling and `ReduceMean`), so they are safe. Written out in single operators, the same arithmetic
+//! rounds to 16 bits after every step: squares beyond 65504 overflow and small variances vanish.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
