@@ -139,7 +139,6 @@ fn fold_gemm(rewriter: &Rewriter, layer: NodeId, affine: &Affine) -> Result<Fold
         "" => vec![0.0; affine.scale.len()],
         name => bias_of(rewriter, name, affine)?.iter().map(|value| value * beta).collect(),
     };
-    #[expect(clippy::float_cmp, reason = "the exact factor that changes nothing")]
     let resets_beta = beta != 1.0;
     Ok(Fold { layer, weight, bias: (layer, 2, shifted(&bias, affine)?), resets_beta })
 }
@@ -252,10 +251,11 @@ mod tests {
         }
     }
 
-    fn convolution(op: &str, dims: &[i64], group: i64, bias: bool) -> Model {
+    fn convolution(op: &str, dims: &[usize], group: i64, bias: bool) -> Model {
         let mut graph = Graph::new("convolution");
         let x = graph.input("x", ElementType::F32, &["n".into(), 4.into(), 5.into(), 5.into()]);
-        let weight = graph.weights("w", dims, &weights(dims.iter().product::<i64>() as usize));
+        let sizes = dims.iter().map(|dim| *dim as i64).collect::<Vec<_>>();
+        let weight = graph.weights("w", &sizes, &weights(dims.iter().product()));
         let bias = bias.then(|| graph.weights("b", &[6], &weights(6)));
         let inputs: Vec<&str> = [x.as_str(), &weight].into_iter().chain(bias.as_deref()).collect();
         let value = graph.node(op, &inputs, &[("group", group.into()), ("pads", ints(&[1, 1, 1, 1]))]);
@@ -359,7 +359,12 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
         /// `W * k` is rounded once, so the result is off by one rounding of each product and of the bias.
         #[test]
-        fn weights_are_rounded_once(weight in -2.0f32..2.0, bias in -2.0f32..2.0, gamma in 0.1f32..3.0, variance in 1e-3f32..4.0) {
+        fn weights_are_rounded_once(
+            weight in -2.0f32..2.0,
+            bias in -2.0f32..2.0,
+            gamma in 0.1f32..3.0,
+            variance in 1e-3f32..4.0,
+        ) {
             let mut graph = Graph::new("one");
             let x = graph.input("x", ElementType::F32, &[1.into(), 1.into(), 1.into(), 1.into()]);
             let w = graph.weights("w", &[1, 1, 1, 1], &[weight]);

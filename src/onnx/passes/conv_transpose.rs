@@ -1,9 +1,9 @@
 //! Turns the `ConvTranspose` that doubles an image into a `Conv` of 1x1 and a `DepthToSpace`.
 //!
 //! With a kernel as large as the stride every output pixel is one product of one input pixel:
-//! `y[o, 2h + i, 2w + j] = sum over c of x[c, h, w] * W[c, o, i, j] + b[o]`. So four times as many channels are computed
-//! where the input pixel is, and then spread. ONNX Runtime's CUDA provider fuses a bias into a `Conv` only, and its CPU
-//! kernels know 8-bit integers for `Conv` only.
+//! `y[o, 2h + i, 2w + j] = sum over c of x[c, h, w] * W[c, o, i, j] + b[o]`. So four times as many channels are
+//! computed where the input pixel is, and then spread. ONNX Runtime's CUDA provider fuses a bias into a `Conv` only, and
+//! its CPU kernels know 8-bit integers for `Conv` only.
 
 use super::PassReport;
 use crate::onnx::build::{Attribute, ints};
@@ -109,10 +109,11 @@ mod tests {
     use crate::onnx::Model;
     use crate::onnx::build::Graph;
 
-    fn model(dims: &[i64], values: &[f32], bias: Option<&[f32]>, attributes: &[(&str, Attribute)]) -> Model {
+    fn model(dims: &[usize], values: &[f32], bias: Option<&[f32]>, attributes: &[(&str, Attribute)]) -> Model {
         let mut graph = Graph::new("up");
-        let x = graph.input("x", ElementType::F32, &["n".into(), (dims[0] as usize).into(), 3.into(), 2.into()]);
-        let weight = graph.weights("w", dims, values);
+        let x = graph.input("x", ElementType::F32, &["n".into(), dims[0].into(), 3.into(), 2.into()]);
+        let sizes = dims.iter().map(|dim| *dim as i64).collect::<Vec<_>>();
+        let weight = graph.weights("w", &sizes, values);
         let bias = bias.map(|bias| graph.weights("b", &[bias.len() as i64], bias));
         let inputs: Vec<&str> = [x.as_str(), &weight].into_iter().chain(bias.as_deref()).collect();
         let value = graph.node("ConvTranspose", &inputs, attributes);
@@ -138,9 +139,10 @@ mod tests {
             values in prop::collection::vec(-8i8..8, 100),
         ) {
             let floats: Vec<f32> = values.iter().map(|value| f32::from(*value)).collect();
-            let (weight, x) = (&floats[..inputs * outputs * 4], Tensor::f32(&[2, inputs, 3, 2], floats[40..40 + inputs * 12].to_vec()));
+            let weight = &floats[..inputs * outputs * 4];
+            let x = Tensor::f32(&[2, inputs, 3, 2], floats[40..40 + inputs * 12].to_vec());
             let bias = has_bias.then(|| &floats[..outputs]);
-            let before = model(&[inputs as i64, outputs as i64, 2, 2], weight, bias, &[("strides", ints(&[2, 2]))]);
+            let before = model(&[inputs, outputs, 2, 2], weight, bias, &[("strides", ints(&[2, 2]))]);
             let (after, report) = rewritten(&before);
             prop_assert_eq!(report.applied(), 1);
             prop_assert!(!after.op_counts().contains_key("ConvTranspose"));
@@ -151,28 +153,25 @@ mod tests {
 
     #[test]
     fn others_stay_and_say_why() {
-        let stride = || ("strides", ints(&[2, 2]));
-        let cases: [(&[i64], Vec<(&str, Attribute)>, &str); 6] = [
-            (&[2, 1, 3, 3], vec![stride()], "its kernel is [3, 3], not [2, 2]"),
-            (&[2, 1, 2, 2], vec![], "its strides is [1, 1], not [2, 2]"),
-            (
-                &[2, 1, 2, 2],
-                vec![stride(), ("pads", ints(&[0, 0, 1, 1]))],
-                "its pads is [0, 0, 1, 1], not [0, 0, 0, 0]",
-            ),
-            (&[2, 1, 2, 2], vec![stride(), ("group", 2.into())], "it has 2 groups"),
-            (&[2, 1, 2, 2], vec![stride(), ("dilations", ints(&[2, 2]))], "its dilations is [2, 2], not [1, 1]"),
-            (
-                &[2, 1, 2, 2],
-                vec![stride(), ("output_padding", ints(&[1, 1]))],
-                "its output_padding is [1, 1], not [0, 0]",
-            ),
-        ];
-        for (dims, attributes, why) in cases {
-            let before = model(dims, &vec![1.0; dims.iter().product::<i64>() as usize], None, &attributes);
+        let kept = |dims: &[usize], stride: &[i64], others: &[(&str, Attribute)]| {
+            let attributes: Vec<_> = [("strides", ints(stride))].into_iter().chain(others.iter().cloned()).collect();
+            let before = model(dims, &vec![1.0; dims.iter().product()], None, &attributes);
             let (after, report) = rewritten(&before);
             assert_eq!(before, after);
-            assert_eq!(report.findings[0].outcome, Outcome::Kept(why.to_owned()));
-        }
+            match &report.findings[0].outcome {
+                Outcome::Kept(why) => why.clone(),
+                Outcome::Applied(what) => panic!("{what}"),
+            }
+        };
+        let (fits, twice) = ([2, 1, 2, 2], [2, 2]);
+        assert_eq!(kept(&[2, 1, 3, 3], &twice, &[]), "its kernel is [3, 3], not [2, 2]");
+        assert_eq!(kept(&fits, &[1, 1], &[]), "its strides is [1, 1], not [2, 2]");
+        let pads = ("pads", ints(&[0, 0, 1, 1]));
+        assert_eq!(kept(&fits, &twice, &[pads]), "its pads is [0, 0, 1, 1], not [0, 0, 0, 0]");
+        assert_eq!(kept(&fits, &twice, &[("group", 2.into())]), "it has 2 groups");
+        let dilations = ("dilations", ints(&[2, 2]));
+        assert_eq!(kept(&fits, &twice, &[dilations]), "its dilations is [2, 2], not [1, 1]");
+        let padding = ("output_padding", ints(&[1, 1]));
+        assert_eq!(kept(&fits, &twice, &[padding]), "its output_padding is [1, 1], not [0, 0]");
     }
 }

@@ -1,8 +1,8 @@
 //! Turns a `Conv` over a `Concat` of channels into the sum of one `Conv` per part.
 //!
 //! A convolution is linear in its channels, so `Conv([a, b])` with weights `[Wa, Wb]` is `Conv(a, Wa) + Conv(b, Wb)`.
-//! The `Concat` and its copies go; the `Add` is fused into the second `Conv` by ONNX Runtime's CUDA provider. On the CPU
-//! nothing is gained, so it is up to the caller whether to run this pass.
+//! The `Concat` and its copies go; the `Add` is fused into the second `Conv` by ONNX Runtime's CUDA provider. On the
+//! CPU nothing is gained, so it is up to the caller whether to run this pass.
 
 use super::PassReport;
 use crate::onnx::{ElementType, NodeId, RewriteError, Rewriter, Tensor};
@@ -167,7 +167,6 @@ fn resized(rewriter: &Rewriter, id: NodeId, channels: usize) -> Option<usize> {
         return usize::try_from(*sizes.get(1)?).ok();
     }
     let scales = rewriter.floats(rewriter.input(id, 2))?.to_f32()?;
-    #[expect(clippy::float_cmp, reason = "the exact factor that changes nothing")]
     let is_left_alone = *scales.get(1)? == 1.0;
     is_left_alone.then_some(channels)
 }
@@ -179,7 +178,7 @@ mod tests {
     use super::super::Outcome;
     use super::*;
     use crate::inference::evaluate;
-    use crate::onnx::build::Graph;
+    use crate::onnx::build::{Graph, ints};
     use crate::onnx::{Dim, Model};
 
     fn split(model: &Model) -> (Model, PassReport) {
@@ -215,7 +214,8 @@ mod tests {
             let concat = graph.node("Concat", &names, &[("axis", (-3).into())]);
             let weight = graph.weights("w", &[2, total as i64, 3, 3], &values[..18 * total]);
             let bias = graph.weights("b", &[2], &values[..2]);
-            let operands: Vec<&str> = [concat.as_str(), &weight].into_iter().chain(has_bias.then_some(bias.as_str())).collect();
+            let bias = has_bias.then_some(bias.as_str());
+            let operands: Vec<&str> = [concat.as_str(), &weight].into_iter().chain(bias).collect();
             let attributes = [("pads", ints(&[1, 0, 2, 1])), ("strides", ints(&[stride, stride]))];
             let value = graph.node("Conv", &operands, &attributes);
             graph.output("y", &value, ElementType::F32, &[1.into(), 2.into(), "h".into(), "w".into()]);
@@ -224,7 +224,9 @@ mod tests {
             prop_assert_eq!(report.applied(), 1);
             prop_assert!(!after.op_counts().contains_key("Concat"));
             let tensors: Vec<(&str, Tensor)> = inputs.iter()
-                .map(|(name, channels)| (name.as_str(), Tensor::f32(&[1, *channels, 4, 5], values[7..7 + 20 * channels].to_vec())))
+                .map(|(name, channels)| {
+                    (name.as_str(), Tensor::f32(&[1, *channels, 4, 5], values[7..7 + 20 * channels].to_vec()))
+                })
                 .collect();
             let run = |model| evaluate(model, &tensors).unwrap();
             prop_assert_eq!(run(&before), run(&after));
@@ -258,9 +260,9 @@ mod tests {
                 graph.node("DepthToSpace", &[&value], &[("blocksize", 2.into())])
             }
         };
-        let channels: i64 = if up == "Resize" { 3 } else { 4 };
+        let channels = if up == "Resize" { 3 } else { 4 };
         let concat = graph.node("Concat", &[&skip, &value], &[("axis", 1.into())]);
-        let decode = graph.weights("decode", &[1, 3 + channels, 1, 1], &values[..3 + channels as usize]);
+        let decode = graph.weights("decode", &[1, 3 + channels as i64, 1, 1], &values[..3 + channels]);
         let value = graph.node("Conv", &[&concat, &decode], &[]);
         graph.output("y", &value, ElementType::F32, &["n".into(), 1.into(), 4.into(), 4.into()]);
         graph

@@ -1,8 +1,8 @@
 //! Which nodes stay 32 bits, and why.
 //!
 //! ONNX Runtime's fused kernels read 16 bits and sum in 32 (on CUDA: `MatMul`, `Conv`, `LayerNormalization`, `Softmax`,
-//! `Attention`, pooling and `ReduceMean`), so they are safe. Written out in single operators, the same arithmetic rounds
-//! to 16 bits after every step: squares beyond 65504 overflow and small variances vanish.
+//! `Attention`, pooling and `ReduceMean`), so they are safe. Written out in single operators, the same arithmetic
+//! rounds to 16 bits after every step: squares beyond 65504 overflow and small variances vanish.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -58,10 +58,14 @@ pub(super) fn reasons(
         }
     }
     for id in floats.normalizations() {
-        kept.entry(id).or_insert_with(|| "it is part of a normalisation in single operators".to_owned());
+        kept.entry(id).or_insert_with(|| {
+            "it is part of a norm or softmax in single operators, whose squares and sums need 32 bits".to_owned()
+        });
     }
-    for id in floats.from_integers(&kept) {
-        kept.entry(id).or_insert_with(|| "it computes with integers, which 16 bits hold up to 2048 only".to_owned());
+    for id in floats.computed_from_integers(&kept) {
+        kept.entry(id).or_insert_with(|| {
+            "it computes with what was an integer, and 16 bits are exact up to 2048 only".to_owned()
+        });
     }
     Ok(kept)
 }
@@ -223,15 +227,14 @@ impl Floats<'_> {
     ///
     /// A pixel times `1 / (255 std)` less `mean / std` is off by up to 2⁻¹¹ of each of three terms in 16 bits: with the
     /// constants of ImageNet by 0.3 of the step between two grey levels. In 32 bits only the result is rounded.
-    fn from_integers(&self, kept: &HashMap<NodeId, String>) -> HashSet<NodeId> {
+    fn computed_from_integers(&self, kept: &HashMap<NodeId, String>) -> HashSet<NodeId> {
         const COMPUTES: [&str; 17] = [
             "Abs", "Add", "Ceil", "Clip", "Cos", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg", "Range", "Round",
             "Sin", "Sub", "Sqrt",
         ];
-        let is_integer = |value: &str| match self.elements.get(value) {
-            Some(ElementType::U8 | ElementType::I8 | ElementType::I32 | ElementType::I64) => true,
-            Some(ElementType::Other(_)) => true,
-            _ => false,
+        let is_integer = |value: &str| {
+            use ElementType::{I8, I32, I64, Other, U8};
+            matches!(self.elements.get(value), Some(U8 | I8 | I32 | I64 | Other(_)))
         };
         let mut exact = HashSet::new();
         for id in &self.order {

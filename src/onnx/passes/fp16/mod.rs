@@ -1,7 +1,7 @@
 //! Makes a model compute in 16-bit floats where that is safe: weights, activations, and casts where they meet 32 bits.
 //!
-//! A node computes in 16 bits unless [`kept`] says why not. Every value then has one type, given by the node that makes
-//! it, and a node that needs the other one reads it through a `Cast` that all such readers share.
+//! A node computes in 16 bits unless there is a reason against it (`kept.rs`). Every value then has one type, given by
+//! the node that makes it, and a node that needs the other one reads it through a `Cast` that all such readers share.
 
 mod kept;
 mod range;

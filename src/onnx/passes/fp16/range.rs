@@ -5,7 +5,7 @@ use half::f16;
 use crate::onnx::Tensor;
 
 /// The largest 16-bit float.
-pub(super) const LARGEST: f32 = 65504.0;
+const LARGEST: f32 = 65504.0;
 /// The smallest positive 16-bit float is 2⁻²⁴.
 const SMALLEST: &str = "2^-24";
 /// From this share on it is told how many values of a constant vanish.
@@ -15,9 +15,11 @@ const LARGEST_ERROR: f32 = 0.01;
 
 /// What a constant loses in 16 bits.
 pub(super) struct Loss {
+    /// By magnitude.
     largest: f32,
     nonzero: usize,
     vanished: usize,
+    /// The value, if there is one only.
     only: Option<f32>,
 }
 
@@ -25,10 +27,11 @@ impl Loss {
     pub(super) fn of(tensor: &Tensor) -> Self {
         let values = tensor.to_f32().unwrap_or_default();
         // Infinities stay what they are.
-        let finite = values.iter().map(|value| value.abs()).filter(|value| value.is_finite());
+        let finite = values.iter().copied().filter(|value| value.is_finite());
+        let larger = |a: f32, b: f32| if b.abs() > a.abs() { b } else { a };
         let vanishes = |value: &&f32| **value != 0.0 && f16::from_f32(**value) == f16::ZERO;
         Self {
-            largest: finite.fold(0.0, f32::max),
+            largest: finite.fold(0.0, larger),
             nonzero: values.iter().filter(|value| **value != 0.0).count(),
             vanished: values.iter().filter(vanishes).count(),
             only: if let [only] = values[..] { Some(only) } else { None },
@@ -37,7 +40,7 @@ impl Loss {
 
     /// Why what reads the constant must stay 32 bits.
     pub(super) fn objection(&self) -> Option<String> {
-        if self.largest > LARGEST {
+        if self.largest.abs() > LARGEST {
             return Some(format!("holds {:e}, and 16 bits end at {LARGEST}", self.largest));
         }
         let error = |value: f32| (f16::from_f32(value).to_f32() - value).abs() / value.abs();
@@ -48,7 +51,6 @@ impl Loss {
 
     /// What the constant loses, if it is worth telling.
     pub(super) fn remark(&self) -> Option<String> {
-        #[expect(clippy::cast_precision_loss, reason = "a share to be read")]
         let share = self.vanished as f64 / self.nonzero.max(1) as f64;
         (share > TOLD_SHARE)
             .then(|| format!("but {:.1} % of its values vanish: they are below {SMALLEST}", share * 100.0))
