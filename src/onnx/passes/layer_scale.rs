@@ -163,6 +163,7 @@ mod tests {
     use super::super::fixtures::{difference, model, noise};
     use super::*;
     use crate::onnx::build::Graph;
+    use crate::onnx::proto::ValueInfoProto;
     use crate::onnx::{ElementType, Model};
 
     /// One product more or less per value.
@@ -232,6 +233,17 @@ mod tests {
         assert_eq!(report.findings, [], "one number is not layer scale");
         let (_, report) = fold(&scaled("linear", &[1, 1, 6], false));
         assert!(report.findings[0].to_string().ends_with("may give \"add_1\" further axes"), "{:?}", report.findings);
+        for tapped in ["matmul_0", "add_1"] {
+            let mut before = scaled("linear", &[6], false);
+            let graph = before.proto_mut().graph.as_mut().unwrap();
+            let mut tap = graph.node.last().unwrap().clone();
+            (tap.input, tap.output) = (vec![tapped.to_owned()], vec!["tap".to_owned()]);
+            graph.node.push(tap);
+            let output = graph.output[0].clone();
+            graph.output.push(ValueInfoProto { name: Some("tap".to_owned()), ..output });
+            let (_, report) = fold(&before);
+            assert!(report.findings[0].to_string().ends_with(&format!("kept, \"{tapped}\" is read elsewhere too")));
+        }
         let mut graph = Graph::new("no layer");
         let x = graph.input("x", ElementType::F32, &[2.into()]);
         let c = graph.weights("c", &[2], &[1.0, 2.0]);
