@@ -374,14 +374,16 @@ mod tests {
         assert_eq!((report.applied(), kept(&report)), (0, "is part of neither GELU nor x·sigmoid(αx)"));
         let (_, report) = fuse(&graph(|graph, x| graph.node("Tanh", &[x], &[])));
         assert_eq!(report.applied(), 0);
-        // One number per channel is no scalar function.
-        let (_, report) = fuse(&graph(|graph, x| {
-            let alpha = graph.weights("alpha", &[8], &[1.0; 8]);
-            let scaled = graph.node("Mul", &[x, &alpha], &[]);
-            let sigmoid = graph.node("Sigmoid", &[&scaled], &[]);
-            graph.node("Mul", &[x, &sigmoid], &[])
-        }));
-        assert_eq!(report.applied(), 0);
+        // One number per channel is no scalar function, and one of three axes adds an axis to two.
+        for dims in [&[8][..], &[1, 1, 1]] {
+            let (_, report) = fuse(&graph(|graph, x| {
+                let alpha = graph.weights("alpha", dims, &vec![1.0; if dims.len() == 1 { 8 } else { 1 }]);
+                let scaled = graph.node("Mul", &[x, &alpha], &[]);
+                let sigmoid = graph.node("Sigmoid", &[&scaled], &[]);
+                graph.node("Mul", &[x, &sigmoid], &[])
+            }));
+            assert_eq!(report.applied(), 0, "{dims:?}");
+        }
     }
 
     #[test]

@@ -163,7 +163,8 @@ mod tests {
     use super::super::fixtures::{difference, model, noise};
     use super::*;
     use crate::onnx::build::Graph;
-    use crate::onnx::proto::ValueInfoProto;
+    use crate::onnx::proto::tensor_shape_proto::Dimension;
+    use crate::onnx::proto::{ValueInfoProto, type_proto};
     use crate::onnx::{ElementType, Model};
 
     /// One product more or less per value.
@@ -251,6 +252,21 @@ mod tests {
         graph.output("y", &y, ElementType::F32, &[2.into()]);
         let (_, report) = fold(&graph.finish());
         assert!(report.findings[0].to_string().ends_with("\"x\" comes from no linear layer with constant weights"));
+    }
+
+    #[test]
+    fn factors_with_leading_axes_need_a_value_of_as_many() {
+        for (axes, applied) in [(2, 0), (3, 1), (4, 1)] {
+            let mut before = scaled("linear", &[1, 1, 6], false);
+            let graph = before.proto_mut().graph.as_mut().unwrap();
+            let mut info = graph.output[0].clone();
+            info.name = Some("add_1".to_owned());
+            if let Some(type_proto::Value::TensorType(tensor)) = &mut info.r#type.as_mut().unwrap().value {
+                tensor.shape.as_mut().unwrap().dim.resize(axes, Dimension::default());
+            }
+            graph.value_info.push(info);
+            assert_eq!(fold(&before).1.applied(), applied, "{axes}");
+        }
     }
 
     #[test]
