@@ -50,6 +50,12 @@ pub enum AdapterError {
         /// Its value, in JSON.
         value: String,
     },
+    /// There are no tensors.
+    #[error("{}: holds no tensors", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
     /// A tensor is none that LoRA has for a linear layer.
     #[error("{}: tensor {name:?} {why}", path.display())]
     Tensor {
@@ -176,6 +182,9 @@ impl Adapter {
         let bytes = read(&weights)?;
         let tensors = SafeTensors::deserialize(&bytes)
             .map_err(|source| AdapterError::Weights { path: weights.clone(), source })?;
+        if tensors.is_empty() {
+            return Err(AdapterError::Empty { path: weights });
+        }
         Self::from_tensors(&settings, &tensors, &weights)
     }
 
@@ -347,6 +356,7 @@ pub(super) mod tests {
         assert!(error.contains("module \"fc\" has lora_A of dimensions [2, 3] and lora_B of [4, 3]"), "{error}");
         let error = load(std::slice::from_ref(&a), &[]).unwrap_err().to_string();
         assert!(error.contains("lora_B of []"), "{error}");
+        assert!(matches!(load(&[], &[]), Err(AdapterError::Empty { .. })));
         let magnitude = ("base_model.model.fc.lora_magnitude_vector", vec![4], vec![0.0; 4]);
         let error = load(&[a, magnitude], &[]).unwrap_err().to_string();
         assert!(error.ends_with("lora_magnitude_vector\" is no lora_A or lora_B"), "{error}");

@@ -84,7 +84,7 @@ impl LoraError {
 }
 
 /// Adds the adapter to the weights: W + scale · B · A, which costs nothing when the model runs. Merging twice adds
-/// it twice. The model is not changed if there is an error.
+/// it twice. The model is not changed unless every module of the adapter has its layer.
 ///
 /// # Errors
 /// [`LoraError`] if a module of the adapter has no layer that is surely its own.
@@ -180,7 +180,8 @@ fn targets<'a>(rewriter: &Rewriter, adapter: &'a Adapter) -> Result<Vec<Target<'
         let Some(layer) = layers.first() else {
             return Err(LoraError::NotFound { module: module.clone(), outputs, inputs, layers: all.len() });
         };
-        if layers.iter().any(|other| other.weight != layer.weight) {
+        let differs = |other: &Layer| (&other.weight, other.is_transposed) != (&layer.weight, layer.is_transposed);
+        if layers.iter().any(differs) {
             let nodes = layers.iter().map(|layer| rewriter.label(layer.node)).collect();
             return Err(LoraError::Ambiguous { module: module.clone(), nodes });
         }

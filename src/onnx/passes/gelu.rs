@@ -374,14 +374,16 @@ mod tests {
         assert_eq!((report.applied(), kept(&report)), (0, "is part of neither GELU nor x·sigmoid(αx)"));
         let (_, report) = fuse(&graph(|graph, x| graph.node("Tanh", &[x], &[])));
         assert_eq!(report.applied(), 0);
-        // One number per channel is no scalar function.
-        let (_, report) = fuse(&graph(|graph, x| {
-            let alpha = graph.weights("alpha", &[8], &[1.0; 8]);
-            let scaled = graph.node("Mul", &[x, &alpha], &[]);
-            let sigmoid = graph.node("Sigmoid", &[&scaled], &[]);
-            graph.node("Mul", &[x, &sigmoid], &[])
-        }));
-        assert_eq!(report.applied(), 0);
+        // One number per channel is no scalar function, and one of three axes adds an axis to two.
+        for dims in [&[8][..], &[1, 1, 1]] {
+            let (_, report) = fuse(&graph(|graph, x| {
+                let alpha = graph.weights("alpha", dims, &vec![1.0; if dims.len() == 1 { 8 } else { 1 }]);
+                let scaled = graph.node("Mul", &[x, &alpha], &[]);
+                let sigmoid = graph.node("Sigmoid", &[&scaled], &[]);
+                graph.node("Mul", &[x, &sigmoid], &[])
+            }));
+            assert_eq!(report.applied(), 0, "{dims:?}");
+        }
     }
 
     #[test]
@@ -488,28 +490,32 @@ mod tests {
 
     #[test]
     fn the_bias_of_a_linear_layer_joins_its_activation() {
-        let linear = |width: i64, op: &'static str| {
-            let attributes: [(&str, Attribute); 1] = [("approximate", op.into())];
+        let linear = |width: i64, approximate: &str, read_elsewhere: bool| {
+            let attributes: [(&str, Attribute); 1] = [("approximate", approximate.into())];
             let mut model = graph(|graph, x| {
                 let w = graph.weights("w", &[8, 8], &[0.25; 64]);
                 let b = graph.weights("b", &[width], &vec![0.5; usize::try_from(width).unwrap()]);
                 let product = graph.node("MatMul", &[x, &w], &[]);
                 let sum = graph.node("Add", &[&b, &product], &[]);
-                graph.node("Gelu", &[&sum], &attributes)
+                let gelu = graph.node("Gelu", &[&sum], &attributes);
+                if read_elsewhere { graph.node("Mul", &[&gelu, &sum], &[]) } else { gelu }
             });
             model.proto_mut().opset_import[0].version = Some(20);
             model
         };
         for (approximate, op) in [("none", "com.microsoft.BiasGelu"), ("tanh", "com.microsoft.FastGelu")] {
-            let before = linear(8, approximate);
+            let before = linear(8, approximate, false);
             let mut rewriter = Rewriter::new(fuse(&before).0).unwrap();
             assert_eq!(fuse_bias_gelu(&mut rewriter).unwrap().applied(), 1);
             let after = rewriter.finish().unwrap();
             assert_eq!((after.op_counts()[op], after.op_counts().contains_key("Add")), (1, false));
             assert!(difference(&before, &after, &[("x", noise(&[5, 8]))]) < CLOSE);
         }
-        let mut rewriter = Rewriter::new(fuse(&linear(1, "none")).0).unwrap();
-        let report = fuse_bias_gelu(&mut rewriter).unwrap();
-        assert!(kept(&report).contains("plus one bias per column"), "{:?}", report.findings);
+        let why = |before: &Model| {
+            let mut rewriter = Rewriter::new(fuse(before).0).unwrap();
+            kept(&fuse_bias_gelu(&mut rewriter).unwrap()).to_owned()
+        };
+        assert!(why(&linear(1, "none", false)).ends_with("plus one bias per column"));
+        assert_eq!(why(&linear(8, "none", true)), "the sum \"add_1\" is read elsewhere too");
     }
 }

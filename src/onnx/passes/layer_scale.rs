@@ -163,6 +163,8 @@ mod tests {
     use super::super::fixtures::{difference, model, noise};
     use super::*;
     use crate::onnx::build::Graph;
+    use crate::onnx::proto::tensor_shape_proto::Dimension;
+    use crate::onnx::proto::{ValueInfoProto, type_proto};
     use crate::onnx::{ElementType, Model};
 
     /// One product more or less per value.
@@ -232,6 +234,17 @@ mod tests {
         assert_eq!(report.findings, [], "one number is not layer scale");
         let (_, report) = fold(&scaled("linear", &[1, 1, 6], false));
         assert!(report.findings[0].to_string().ends_with("may give \"add_1\" further axes"), "{:?}", report.findings);
+        for tapped in ["matmul_0", "add_1"] {
+            let mut before = scaled("linear", &[6], false);
+            let graph = before.proto_mut().graph.as_mut().unwrap();
+            let mut tap = graph.node.last().unwrap().clone();
+            (tap.input, tap.output) = (vec![tapped.to_owned()], vec!["tap".to_owned()]);
+            graph.node.push(tap);
+            let output = graph.output[0].clone();
+            graph.output.push(ValueInfoProto { name: Some("tap".to_owned()), ..output });
+            let (_, report) = fold(&before);
+            assert!(report.findings[0].to_string().ends_with(&format!("kept, \"{tapped}\" is read elsewhere too")));
+        }
         let mut graph = Graph::new("no layer");
         let x = graph.input("x", ElementType::F32, &[2.into()]);
         let c = graph.weights("c", &[2], &[1.0, 2.0]);
@@ -239,6 +252,21 @@ mod tests {
         graph.output("y", &y, ElementType::F32, &[2.into()]);
         let (_, report) = fold(&graph.finish());
         assert!(report.findings[0].to_string().ends_with("\"x\" comes from no linear layer with constant weights"));
+    }
+
+    #[test]
+    fn factors_with_leading_axes_need_a_value_of_as_many() {
+        for (axes, applied) in [(2, 0), (3, 1), (4, 1)] {
+            let mut before = scaled("linear", &[1, 1, 6], false);
+            let graph = before.proto_mut().graph.as_mut().unwrap();
+            let mut info = graph.output[0].clone();
+            info.name = Some("add_1".to_owned());
+            if let Some(type_proto::Value::TensorType(tensor)) = &mut info.r#type.as_mut().unwrap().value {
+                tensor.shape.as_mut().unwrap().dim.resize(axes, Dimension::default());
+            }
+            graph.value_info.push(info);
+            assert_eq!(fold(&before).1.applied(), applied, "{axes}");
+        }
     }
 
     #[test]
