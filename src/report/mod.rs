@@ -3,10 +3,18 @@
 //! Only this module and what serves HTTP know JSON; domain types are converted at the edge. Fields are only ever added
 //! within a schema version.
 
+mod chart;
+mod html;
+mod text;
+
+pub mod compare;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+pub use html::compare_html;
 
 /// Schema of [`RunRecord`].
 pub const RUN_SCHEMA: &str = "slidestream/run/1";
