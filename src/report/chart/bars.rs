@@ -55,5 +55,6 @@ pub(in super::super) fn rates(record: &CompareRecord, width: f64, class: &str) -
 /// The speed-up and the rate itself.
 fn label_of(rate: &RateRecord) -> [String; 2] {
     let speedup = or_absent(rate.speedup, |speedup| times(speedup.value));
-    [speedup, format!("{}/s", significant(rate.tiles_per_sec))]
+    let tiles = significant(rate.tiles_per_sec);
+    [speedup, if rate.tiles_per_sec.is_finite() { format!("{tiles}/s") } else { tiles }]
 }

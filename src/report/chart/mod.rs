@@ -39,17 +39,22 @@ impl Scale {
         Self { is_log: false, domain: [0.0, high], range }
     }
 
-    /// For values above 0 of any size: in equal steps from 0 while those show the smallest, else logarithmic.
-    fn fitting(values: impl Iterator<Item = f64>, range: [f64; 2]) -> Self {
+    /// For values above 0 of any size: logarithmic if the largest is over eight times the smallest, else in equal steps,
+    /// from 0 or, for what is told by its place alone, from below the smallest.
+    fn fitting(values: impl Iterator<Item = f64>, from_zero: bool, range: [f64; 2]) -> Self {
         let (mut low, mut high) = (f64::INFINITY, 0.0_f64);
         for value in values.filter(|value| value.is_finite() && *value > 0.0) {
             low = low.min(value);
             high = high.max(value);
         }
-        if high <= 8.0 * low || high == 0.0 {
+        if high > 8.0 * low {
+            return Self { is_log: true, domain: [low / 1.3, high * 1.3], range };
+        }
+        if from_zero || high == 0.0 {
             return Self::linear(high * 1.05, range);
         }
-        Self { is_log: true, domain: [low / 1.3, high * 1.3], range }
+        let margin = (0.08 * (high - low)).max(0.02 * high);
+        Self { is_log: false, domain: [(low - margin).max(0.0), high + margin], range }
     }
 
     fn at(&self, value: f64) -> f64 {
@@ -152,10 +157,16 @@ impl Svg {
     /// Vertical grid lines with their labels below, and the axis' title below these.
     fn x_axis(&mut self, scale: &Scale, from_to: [f64; 2], title: &str, label: impl Fn(f64) -> String) {
         let [top, bottom] = from_to;
+        let mut free = 0.0;
         for (x, label) in scale.ticks(label) {
             self.line([x, top], [x, bottom], "grid");
             let half = text_width(&label, TEXT) / 2.0;
-            self.text([x.clamp(half, (self.width - half).max(half)), bottom + 16.0], "middle", "tick", &label);
+            // A label at the edge is moved inwards, and may have no room there.
+            let middle = x.clamp(half, (self.width - half).max(half));
+            if middle - half >= free {
+                self.text([middle, bottom + 16.0], "middle", "tick", &label);
+                free = middle + half + 4.0;
+            }
         }
         let [start, end] = scale.range;
         self.text([(start + end) / 2.0, bottom + 35.0], "middle", "axis", title);
@@ -167,10 +178,11 @@ impl Svg {
         let indent = text_width(&number, TEXT) + 10.0;
         let aside_width = text_width(aside, TEXT);
         let room = self.width - indent;
-        let has_aside = text_width(name, TEXT) + aside_width + 24.0 <= room || aside_width < room * 0.4;
+        let has_aside = 1.1 * text_width(name, TEXT) + aside_width + 24.0 <= room || aside_width < room * 0.4;
         let room = if has_aside { room - aside_width - 16.0 } else { room };
         self.text([0.0, y], "start", "step", &number);
-        self.text([indent, y], "start", "name", &shortened(name, room));
+        // Names are bold, and so wider than the estimate.
+        self.text([indent, y], "start", "name", &shortened(name, room / 1.1));
         if has_aside {
             self.text([self.width, y], "end", "aside", aside);
         }
@@ -249,6 +261,8 @@ fn shortened(text: &str, room: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::compare::CosineRecord;
+    use crate::report::compare::example::{example, with_steps};
     use crate::report::text::tick;
     use proptest::prelude::*;
 
@@ -256,9 +270,10 @@ mod tests {
     fn ticks_are_round() {
         let labels = |scale: Scale| scale.ticks(tick).into_iter().map(|(_, label)| label).collect::<Vec<_>>();
         assert_eq!(labels(Scale::linear(214.0, [0.0, 400.0])), ["0", "50", "100", "150", "200"]);
-        let log = Scale::fitting([80.0, 10_546.0].into_iter(), [0.0, 400.0]);
+        assert_eq!(labels(Scale::fitting([11.6, 12.4].into_iter(), false, [0.0, 300.0])), ["11.5", "12", "12.5"]);
+        let log = Scale::fitting([80.0, 10_546.0].into_iter(), true, [0.0, 400.0]);
         assert_eq!(labels(log), ["100", "300", "1,000", "3,000", "10,000"]);
-        assert_eq!(labels(Scale::fitting([1e-3, 1e9].into_iter(), [0.0, 200.0])), ["1", "10,000", "10⁸"]);
+        assert_eq!(labels(Scale::fitting([1e-3, 1e9].into_iter(), true, [0.0, 200.0])), ["1", "10,000", "10⁸"]);
     }
 
     #[test]
@@ -268,10 +283,98 @@ mod tests {
         assert!(cut.ends_with('…') && text_width(&cut, TEXT) <= 120.0, "{cut}");
     }
 
+    /// What each text of a chart covers: left, top, right, bottom.
+    fn text_boxes(svg: &str) -> Vec<([f64; 4], String)> {
+        let attribute = |line: &str, name: &str| {
+            let start = line.find(&format!("{name}=\""))? + name.len() + 2;
+            Some(line[start..].split('"').next()?.to_owned())
+        };
+        let number = |line: &str, name: &str| attribute(line, name).unwrap().parse::<f64>().unwrap();
+        let mut boxes = Vec::new();
+        for line in svg.lines().filter(|line| line.starts_with("<text")) {
+            let content: String =
+                line.split('<').map(|part| part.split_once('>').map_or("", |(_, text)| text)).collect();
+            let content =
+                content.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&amp;", "&");
+            let (x, y, wide) = (number(line, "x"), number(line, "y"), text_width(&content, 0.97 * TEXT));
+            let left = match attribute(line, "text-anchor").as_deref() {
+                Some("end") => x - wide,
+                Some("middle") => x - wide / 2.0,
+                _ => x,
+            };
+            boxes.push(([left, y - 9.0, left + wide, y + 1.0], content));
+        }
+        boxes
+    }
+
+    fn assert_legible(svg: &str, width: f64) {
+        let boxes = text_boxes(svg);
+        for (index, (a, text)) in boxes.iter().enumerate() {
+            assert!(a[0] >= -2.0 && a[2] <= width + 2.0, "{text:?} leaves a chart of {width}: {a:?}");
+            for (b, other) in &boxes[index + 1..] {
+                let is_apart = a[2] <= b[0] || b[2] <= a[0] || a[3] <= b[1] || b[3] <= a[1];
+                assert!(is_apart, "{text:?} and {other:?} overlap in a chart of {width}: {a:?} {b:?}");
+            }
+        }
+        assert!(!svg.contains("NaN") && !svg.contains("\"inf") && !svg.contains(">inf"), "{svg}");
+    }
+
+    fn draw_all(record: &CompareRecord) {
+        for width in [330.0, 920.0] {
+            assert_legible(&rates(record, width, "wide"), width);
+            assert_legible(&latencies(record, width, "wide"), width);
+            if let Some(svg) = speed_against_agreement(record, width, "wide") {
+                assert_legible(&svg, width);
+            }
+        }
+    }
+
+    #[test]
+    fn charts_of_odd_records_are_legible() {
+        draw_all(&example());
+        draw_all(&with_steps(&[("original", "fp32", 1, Some(12.0), None)]));
+        draw_all(&with_steps(&[("original", "fp32", 1, None, None), ("other", "int8", 1, None, None)]));
+        let mut record = example();
+        for row in &mut record.ladder {
+            let rate = row.model_only.as_mut().unwrap();
+            (rate.tiles_per_sec, rate.samples_ms[0], rate.ms_per_tile.median) = (f64::NAN, f64::INFINITY, f64::NAN);
+        }
+        record.ladder[2].end_to_end.as_mut().unwrap().tiles_per_sec = f64::INFINITY;
+        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        draw_all(&record);
+        record.ladder.clear();
+        draw_all(&record);
+    }
+
+    const NAMES: [&str; 4] = [
+        "+ batching",
+        "x",
+        "<script>alert(\"everything quantised, attention included, in a transformer of many layers\")</script>",
+        "浸潤性乳管癌モデル",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn charts_of_any_ladder_are_legible(
+            steps in prop::collection::vec(
+                (0..4_usize, 0..4_usize, 1..99_999_usize, prop::option::of(-3.0..6.0_f64), prop::option::of(-3.0..6.0_f64)),
+                1..12,
+            ),
+        ) {
+            let ms = |exponent: Option<f64>| exponent.map(|exponent| 10_f64.powf(exponent));
+            let steps: Vec<_> = steps
+                .into_iter()
+                .map(|(name, variant, batch, model, whole)| (NAMES[name], NAMES[variant], batch, ms(model), ms(whole)))
+                .collect();
+            draw_all(&with_steps(&steps));
+        }
+    }
+
     proptest! {
         #[test]
-        fn scales_keep_to_their_range(values in prop::collection::vec(1e-9..1e12_f64, 1..20), width in 120.0..900.0_f64) {
-            let scale = Scale::fitting(values.iter().copied(), [0.0, width]);
+        fn scales_keep_to_their_range(values in prop::collection::vec(1e-9..1e12_f64, 1..20), width in 120.0..900.0_f64, from_zero: bool) {
+            let scale = Scale::fitting(values.iter().copied(), from_zero, [0.0, width]);
             for value in values.iter().chain(&[0.0, f64::INFINITY]) {
                 prop_assert!((0.0..=width).contains(&scale.at(*value)), "{value}");
             }

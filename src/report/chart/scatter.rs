@@ -47,7 +47,7 @@ pub(in super::super) fn speed_against_agreement(record: &CompareRecord, width: f
         |nines: f64| top + RADIUS + 4.0 + (PLOT_HEIGHT - 2.0 * RADIUS - 8.0) * (high - nines) / (high - low).max(1.0);
     let bottom = top + PLOT_HEIGHT;
     let values = points.iter().map(|point| point.speedup).chain([1.0]);
-    let scale = Scale::fitting(values, [left + RADIUS + 4.0, right - RADIUS]);
+    let scale = Scale::fitting(values, true, [left + RADIUS + 4.0, right - RADIUS]);
 
     let mut svg = Svg::new(width);
     svg.text([0.0, 14.0], "start", "axis", &format!("{measure}, higher is closer"));

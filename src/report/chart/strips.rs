@@ -14,7 +14,7 @@ pub(in super::super) fn latencies(record: &CompareRecord, width: f64, class: &st
     let mut svg = Svg::new(width);
     let series = series_of(record);
     let rates = || record.ladder.iter().flat_map(|row| SERIES.iter().filter_map(|(_, _, rate_of)| rate_of(row)));
-    let scale = Scale::fitting(rates().flat_map(|rate| rate.samples_ms.iter().copied()), [4.0, width - 4.0]);
+    let scale = Scale::fitting(rates().flat_map(|rate| rate.samples_ms.iter().copied()), false, [4.0, width - 4.0]);
     let top = if series.len() > 1 { 26.0 } else { 4.0 };
     if series.len() > 1 {
         svg.legend(12.0, &series);

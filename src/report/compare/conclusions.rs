@@ -120,7 +120,8 @@ fn bound_in_words(row: &LadderRow) -> Option<String> {
     let (Some(model), Some(whole)) = (&row.model_only, &row.end_to_end) else {
         return row.end_to_end.is_none().then(|| "End to end was not measured for it.".to_owned());
     };
-    let (alone, together) = (model.speedup?, whole.speedup?);
+    let finite = IntervalRecord::is_finite;
+    let (alone, together) = (model.speedup.filter(finite)?, whole.speedup.filter(finite)?);
     let bound = row.bottleneck.as_ref().map_or_else(String::new, |stage| format!("; what bounds it is {stage}"));
     let (alone_text, together_text) = (times(alone.value), times(together.value));
     Some(if together.high < alone.low {
@@ -163,13 +164,13 @@ fn agreement_in_words(agreement: &AgreementRecord) -> String {
     if agreement.nan_count > 0 {
         parts.push(format!("{} values are NaN or infinite", count(agreement.nan_count)));
     }
-    if let Some(cosine) = agreement.cosine {
+    if let Some(cosine) = agreement.cosine.filter(|cosine| cosine.mean.is_finite()) {
         parts.push(format!("mean cosine {}, worst tile {}", near_one(cosine.mean), near_one(cosine.min)));
     }
-    if let Some(same) = agreement.top1_agreement {
+    if let Some(same) = agreement.top1_agreement.filter(|same| same.is_finite()) {
         parts.push(format!("same class for {} of the tiles", percent(same)));
     }
-    if let Some(same) = agreement.pixel_agreement {
+    if let Some(same) = agreement.pixel_agreement.filter(|same| same.is_finite()) {
         parts.push(format!("same class for {} of the pixels", percent(same)));
     }
     if let Some(flips) = agreement.flips {
@@ -192,7 +193,9 @@ fn accuracy_in_words(row: &AccuracyRow, items: u64, unit: &str) -> Option<String
         ("AUC", row.auc),
         ("mean Dice", row.dice),
     ];
-    let compared = metrics.into_iter().filter_map(|(name, metric)| Some((name, metric?.difference?)));
+    let compared = metrics
+        .into_iter()
+        .filter_map(|(name, metric)| Some((name, metric?.difference.filter(IntervalRecord::is_finite)?)));
     let (worse, other): (Vec<_>, Vec<_>) = compared.partition(|(_, difference)| difference.high < 0.0);
     let tell = |(name, difference): &(&str, IntervalRecord)| {
         format!("{name} {} points ({})", points(difference.value), interval(difference, points))
@@ -236,8 +239,7 @@ fn confidence(record: &CompareRecord) -> String {
 
 /// A step's speed-up by the rate that counts, if it is a number.
 fn speedup(row: &LadderRow) -> Option<IntervalRecord> {
-    let speedup = row.rate()?.speedup?;
-    [speedup.value, speedup.low, speedup.high].iter().all(|value| value.is_finite()).then_some(speedup)
+    row.rate()?.speedup.filter(IntervalRecord::is_finite)
 }
 
 fn step(index: usize, row: &LadderRow) -> String {
@@ -246,4 +248,93 @@ fn step(index: usize, row: &LadderRow) -> String {
 
 fn interval(interval: &IntervalRecord, format: fn(f64) -> String) -> String {
     format!("{} to {}", format(interval.low), format(interval.high))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::compare::example::{example, with_steps};
+    use crate::report::compare::{CosineRecord, FlipsRecord};
+
+    fn says(record: &CompareRecord, what: &str) -> bool {
+        conclusions(record).iter().any(|sentence| sentence.contains(what))
+    }
+
+    #[test]
+    fn the_fastest_that_passes_leads() {
+        let mut record = example();
+        let said = conclusions(&record);
+        assert!(
+            said[0].starts_with("Step 6 “+ INT8” (int8, batch 8) is the fastest that passes every gate: 6."),
+            "{said:#?}"
+        );
+        assert!(said[0].contains("end to end (95 % interval 6.") && said[0].contains("tiles/s instead of 25.0."));
+        assert!(said[1].starts_with("Step 7 “everything” (int8-dynamic, batch 8) is faster still"));
+        record.gates.clear();
+        assert!(conclusions(&record)[0].starts_with("Step 7 “everything” (int8-dynamic, batch 8) is the fastest: 6."));
+        assert!(!says(&record, "gate"));
+    }
+
+    #[test]
+    fn what_bounds_the_whole_is_named() {
+        let bounded = [("original", "a", 1, Some(10.0), Some(20.0)), ("fast", "b", 1, Some(1.0), Some(10.0))];
+        let record = with_steps(&bounded);
+        assert!(
+            says(&record, "end to end 2.0") && says(&record, "; what bounds it is read (97 % busy over 2 workers).")
+        );
+        let equal =
+            with_steps(&[("original", "a", 1, Some(10.0), Some(20.0)), ("fast", "b", 1, Some(5.0), Some(10.0))]);
+        assert!(says(&equal, "End to end gains as much as the model alone"));
+        let alone = with_steps(&[("original", "a", 1, Some(10.0), None), ("fast", "b", 1, Some(5.0), None)]);
+        assert!(says(&alone, "for the model alone") && says(&alone, "End to end was not measured"));
+    }
+
+    #[test]
+    fn what_is_not_worth_having_is_named() {
+        let record = example();
+        assert_eq!(verdict(&record, 0), Verdict::Original);
+        assert_eq!(verdict(&record, 4), Verdict::Slower);
+        assert_eq!(verdict(&record, 6), Verdict::FailsGate);
+        assert_eq!(verdict(&record, 99), Verdict::Unknown);
+        assert!(says(&record, "Step 5 “+ FP16” (fp16, batch 8) is slower than the original, 0.88"));
+        assert!(says(&record, "int8-dynamic fails the gate on mean cosine: 0.876, at least 0.99 asked for."));
+        assert!(says(&record, "int8-dynamic loses accuracy: accuracy −6.00 points (−6.30 to −5.70)"));
+        assert!(says(&record, "int8 shows no measurable loss: accuracy −0.20 points (−0.50 to +0.10)."));
+        let same = with_steps(&[("original", "a", 1, Some(10.0), None), ("same", "b", 1, Some(10.0), None)]);
+        assert_eq!(verdict(&same, 1), Verdict::NoDifference);
+        assert_eq!(conclusions(&same)[0], "No step is measurably faster than the original.");
+        assert!(says(&same, "makes no measurable difference in speed"));
+    }
+
+    #[test]
+    fn agreement_is_put_into_words() {
+        let mut agreement = example().agreement.remove(0);
+        agreement.flips = Some(FlipsRecord { threshold: 0.5, tiles: 1 });
+        let words = agreement_in_words(&agreement);
+        assert!(
+            words.starts_with("fp32-rewritten is all but equal to the original over 512 tiles: mean cosine >0.9999999")
+        );
+        assert!(words.ends_with("1 tile changes side of p = 0.5."), "{words}");
+        agreement.max_abs_difference = Some(0.0);
+        assert!(agreement_in_words(&agreement).contains("gives exactly the original's outputs"));
+        agreement.nan_count = 3;
+        assert!(agreement_in_words(&agreement).contains("not finite over 512 tiles: 3 values are NaN or infinite"));
+    }
+
+    #[test]
+    fn nothing_is_said_without_a_number() {
+        let one = with_steps(&[("original", "a", 1, Some(10.0), None)]);
+        assert_eq!(conclusions(&one), ["Nothing was compared."]);
+        let mut record = example();
+        record.measuring.is_stable = false;
+        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        for row in &mut record.ladder {
+            row.model_only.as_mut().unwrap().speedup = Some(IntervalRecord { value: 1.0, low: f64::NAN, high: 2.0 });
+        }
+        let said = conclusions(&record);
+        assert!(said.iter().all(|sentence| !sentence.contains("NaN") && !sentence.contains('–')), "{said:#?}");
+        assert!(said.last().unwrap().contains("known within ±2 %"));
+        record.ladder.clear();
+        assert_eq!(conclusions(&record)[0], "Nothing was measured.");
+    }
 }

@@ -40,6 +40,7 @@ pub struct RateRecord {
     #[serde(deserialize_with = "super::numbers")]
     pub samples_ms: Vec<f64>,
     /// From the median.
+    #[serde(deserialize_with = "super::number")]
     pub tiles_per_sec: f64,
     /// How many times faster than the original; absent if the original has no such rate.
     pub speedup: Option<IntervalRecord>,
@@ -156,6 +157,14 @@ impl SummaryRecord {
             p90: seconds.p90 * 1e3,
             p99: seconds.p99 * 1e3,
         }
+    }
+}
+
+impl IntervalRecord {
+    /// Whether the figure and both ends are numbers.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        self.value.is_finite() && self.low.is_finite() && self.high.is_finite()
     }
 }
 

@@ -116,16 +116,20 @@ pub struct MeasuringRecord {
     /// Whether each round runs every step once, one after the other, so that what slows the machine slows all.
     pub is_interleaved: bool,
     /// Rounds end when the 95 % interval of every median is within this share of it.
+    #[serde(deserialize_with = "number")]
     pub tolerance: f64,
     /// Seconds after which they end in any case.
+    #[serde(deserialize_with = "number")]
     pub time_limit_secs: f64,
     /// Seconds that they took.
+    #[serde(deserialize_with = "number")]
     pub seconds: f64,
     /// Whether they ended because the medians were known well enough.
     pub is_stable: bool,
     /// Why they ended, in a sentence.
     pub note: String,
     /// Share of the resamples inside an interval.
+    #[serde(deserialize_with = "number")]
     pub confidence: f64,
     /// Resamples of an interval.
     pub resamples: u64,
@@ -219,4 +223,60 @@ fn number<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
 fn numbers<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<f64>, D::Error> {
     let numbers: Vec<Option<f64>> = Vec::deserialize(from)?;
     Ok(numbers.into_iter().map(|number| number.unwrap_or(f64::NAN)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::example::example;
+    use super::*;
+    use crate::measure::Samples;
+    use crate::report::{compare_html, to_json};
+
+    #[test]
+    fn a_comparison_comes_back_from_its_json() {
+        let record = example();
+        let read: CompareRecord = serde_json::from_slice(&to_json(&record)).unwrap();
+        // Numbers may differ in their last bit, which the page does not show.
+        assert_eq!(compare_html(&read), compare_html(&record));
+        assert_eq!(
+            (read.models, read.conclusions, read.pictures),
+            (record.models, record.conclusions, record.pictures)
+        );
+    }
+
+    #[test]
+    fn what_is_not_finite_passes_through_json() {
+        let mut record = example();
+        let rate = record.ladder[1].end_to_end.as_mut().unwrap();
+        (rate.tiles_per_sec, rate.samples_ms[3], rate.ms_per_tile.p99) = (f64::NAN, f64::INFINITY, f64::NAN);
+        rate.speedup = Some(IntervalRecord { value: f64::NAN, low: f64::NEG_INFINITY, high: f64::INFINITY });
+        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        record.agreement[0].max_abs_difference = Some(f64::INFINITY);
+        (record.gates[0].limit, record.gates[0].value) = (f64::NAN, Some(f64::NAN));
+        record.measuring.tolerance = f64::NAN;
+        let read: CompareRecord = serde_json::from_slice(&to_json(&record)).unwrap();
+        assert!(read.ladder[1].end_to_end.as_ref().unwrap().samples_ms[3].is_nan());
+        assert_eq!(read.agreement[0].max_abs_difference, None);
+        assert!(read.ladder[1].end_to_end.as_ref().unwrap().speedup.unwrap().low.is_nan());
+        assert_eq!(compare_html(&read), compare_html(&record));
+    }
+
+    #[test]
+    fn base64_matches_the_standards_examples() {
+        let texts = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
+        assert_eq!(texts, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
+        assert_eq!(base64(&[0xfb, 0xff]), "+/8=");
+    }
+
+    #[test]
+    fn a_rate_comes_from_its_rounds() {
+        let seconds = Samples::new(vec![0.010, 0.020, 0.030]).unwrap();
+        let rate = RateRecord::new(&seconds, None);
+        assert_eq!((rate.tiles_per_sec, rate.ms_per_tile.median, rate.ms_per_tile.count), (50.0, 20.0, 3));
+        assert_eq!(rate.samples_ms, [10.0, 20.0, 30.0]);
+        let projected = rate.projected(Some(100));
+        let seconds: Vec<_> = projected.iter().map(|projected| (projected.tiles, projected.seconds)).collect();
+        assert_eq!(seconds, [(1_000, 20.0), (57_000, 1140.0), (100, 2.0)]);
+        assert_eq!(rate.projected(None).len(), 2);
+    }
 }

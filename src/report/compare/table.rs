@@ -98,3 +98,38 @@ fn fields(record: &CompareRecord, step: usize, row: &LadderRow, rate: (&str, Opt
 fn number(value: Option<f64>) -> String {
     value.filter(|value| value.is_finite()).map_or_else(String::new, |value| value.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::compare::example::{example, with_steps};
+
+    fn read(record: &CompareRecord) -> Vec<Vec<String>> {
+        let bytes = to_csv(record).unwrap();
+        let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(&*bytes);
+        reader.records().map(|row| row.unwrap().iter().map(str::to_owned).collect()).collect()
+    }
+
+    #[test]
+    fn each_way_of_measuring_has_a_row() {
+        let record = example();
+        let rows = read(&record);
+        assert_eq!(rows.len(), 1 + 2 * record.ladder.len());
+        assert_eq!(rows[0], COLUMNS);
+        assert_eq!(rows[2][..5], ["1", record.ladder[0].name.as_str(), "fp32", "1", "end_to_end"]);
+        let rate = record.ladder[0].end_to_end.as_ref().unwrap();
+        assert_eq!(rows[2][6].parse::<f64>().unwrap(), rate.tiles_per_sec);
+        let samples: Vec<f64> = rows[2][28].split(' ').map(|sample| sample.parse().unwrap()).collect();
+        assert_eq!(samples, rate.samples_ms);
+    }
+
+    #[test]
+    fn what_is_absent_is_empty() {
+        let mut record = with_steps(&[("a, \"b\"\n", "fp32", 1, Some(1.0), None), ("c", "int8", 1, None, None)]);
+        record.ladder[0].model_only.as_mut().unwrap().tiles_per_sec = f64::NAN;
+        let rows = read(&record);
+        assert_eq!(rows.len(), 3);
+        assert_eq!((rows[1][1].as_str(), rows[1][6].as_str()), ("a, \"b\"\n", ""));
+        assert_eq!((rows[2][4].as_str(), rows[2][6].as_str(), rows[2][28].as_str()), ("", "", ""));
+    }
+}

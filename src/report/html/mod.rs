@@ -66,18 +66,24 @@ fn tiles(record: &CompareRecord) -> String {
     let good = fastest(record, &[Verdict::Faster]);
     let label = if good.is_some() && !record.gates.is_empty() { "fastest within gates" } else { "fastest" };
     let best = good.or_else(|| fastest(record, &[Verdict::FailsGate]));
-    if let (Some((_, row, speedup)), Some(original)) = (best, record.ladder.first()) {
+    if let Some((_, row, speedup)) = best {
         shown.push((label, times(speedup.value), row.name.clone()));
-        if let (Some(now), Some(before)) = (row.rate(), original.rate()) {
+    }
+    let original = record.ladder.first();
+    if let Some(row) = best.map(|(_, row, _)| row).or(original) {
+        let is_other = best.is_some();
+        if let Some(now) = row.rate() {
             let how = if row.end_to_end.is_some() { "tiles/s end to end" } else { "tiles/s, model alone" };
-            let before = format!("instead of {}", significant(before.tiles_per_sec));
-            shown.push((how, significant(now.tiles_per_sec), before));
+            let before = original.and_then(|original| original.rate()).filter(|_| is_other);
+            let aside = before.map(|before| format!("instead of {}", significant(before.tiles_per_sec)));
+            shown.push((how, significant(now.tiles_per_sec), aside.unwrap_or_else(|| row.name.clone())));
         }
-        let now = row.projected.iter().max_by_key(|projected| projected.tiles);
-        let before = now.and_then(|now| original.projected.iter().find(|before| before.tiles == now.tiles));
-        if let (Some(now), Some(before)) = (now, before) {
-            let before = format!("{} tiles, instead of {}", count(now.tiles), duration(before.seconds));
-            shown.push(("projected", duration(now.seconds), before));
+        if let Some(now) = row.projected.iter().max_by_key(|projected| projected.tiles) {
+            let before =
+                original.and_then(|original| original.projected.iter().find(|before| before.tiles == now.tiles));
+            let before = before.filter(|_| is_other).map(|before| format!(", instead of {}", duration(before.seconds)));
+            let aside = format!("{} tiles{}", count(now.tiles), before.unwrap_or_default());
+            shown.push(("projected", duration(now.seconds), aside));
         }
         if let Some(cosine) = record.agreement_of(&row.variant).and_then(|agreement| agreement.cosine) {
             shown.push(("mean cosine", near_one(cosine.mean), row.variant.clone()));
@@ -250,5 +256,116 @@ fn quoted(word: &str) -> String {
         word.to_owned()
     } else {
         format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::compare::example::{example, with_steps};
+    use crate::report::compare::{CosineRecord, IntervalRecord, conclusions};
+
+    const VOID: [&str; 8] = ["!DOCTYPE", "meta", "img", "line", "rect", "circle", "br", "hr"];
+
+    /// Fails unless every element that is opened is closed, in order.
+    fn assert_nested(html: &str) {
+        let mut open: Vec<&str> = Vec::new();
+        let (before_style, after_style) = (html.find("<style>").unwrap(), html.find("</style>").unwrap());
+        let outside = [&html[..before_style], &html[after_style + 8..]];
+        for tag in outside.iter().flat_map(|part| part.split('<').skip(1)) {
+            let tag = tag.split('>').next().unwrap();
+            let name = tag.trim_end_matches('/').split_whitespace().next().unwrap();
+            match name.strip_prefix('/') {
+                Some(name) => assert_eq!(open.pop(), Some(name), "<{tag}>"),
+                None if VOID.contains(&name) => {}
+                None => open.push(name),
+            }
+        }
+        assert_eq!(open, Vec::<&str>::new());
+    }
+
+    fn assert_sound(record: &CompareRecord) -> String {
+        let html = compare_html(record);
+        assert_nested(&html);
+        for foreign in ["<script", "http:", "https:", "@import", "url(", "NaN", ">inf", ">-inf"] {
+            assert!(!html.contains(foreign), "{foreign}");
+        }
+        let sources = html.matches("src=").count();
+        assert_eq!(sources, html.matches("src=\"data:image/png;base64,").count());
+        html
+    }
+
+    #[test]
+    fn a_page_holds_everything_and_needs_nothing() {
+        let record = example();
+        let html = assert_sound(&record);
+        let said = record.conclusions.iter().map(String::as_str);
+        let sections =
+            ["The ladder", "Speed against agreement", "Against labels", "Gates", "On the slide", "Every round"];
+        for expected in said.chain(sections).chain(["✗ fails a gate", "✓ passed", "✗ failed", "iVBORw=="]) {
+            assert!(html.contains(&escape(expected)), "{expected}");
+        }
+        assert!(html.contains("'a slide.svs'".replace('\'', "&#39;").as_str()), "a word with a space is quoted");
+    }
+
+    #[test]
+    fn what_is_missing_leaves_no_empty_place() {
+        let mut record = with_steps(&[("original", "fp32", 1, Some(12.0), None)]);
+        (record.accuracy, record.pictures, record.gates) = (None, Vec::new(), Vec::new());
+        let html = assert_sound(&record);
+        for section in ["Against labels", "Gates", "On the slide", "Speed against agreement", "end to end, ms"] {
+            assert!(!html.contains(section), "{section}");
+        }
+        (record.models, record.ladder, record.conclusions) = (Vec::new(), Vec::new(), Vec::new());
+        assert_sound(&record);
+    }
+
+    #[test]
+    fn names_cannot_leave_their_place() {
+        let hostile = "\"><script>alert('x')</script>&";
+        let mut record = with_steps(&[
+            (hostile, hostile, 1, Some(12.0), Some(20.0)),
+            (hostile, "\u{0}<b>", 1, Some(10.0), None),
+            (hostile, "int8", 1, None, None),
+        ]);
+        record.models[0].name = hostile.to_owned();
+        record.models[0].variants[0].file = hostile.to_owned();
+        record.input.source = hostile.to_owned();
+        record.command = vec![hostile.to_owned()];
+        record.pictures[0].title = hostile.to_owned();
+        record.pictures[0].png_base64 = "AA\" onload=\"x".to_owned();
+        record.gates[0].reason = hostile.to_owned();
+        record.measuring.note = hostile.to_owned();
+        record.conclusions = conclusions(&record);
+        let html = assert_sound(&record);
+        assert!(html.contains("&lt;script&gt;") && !html.contains('\u{0}') && !html.contains("onload=\""));
+    }
+
+    #[test]
+    fn what_is_no_number_is_a_dash() {
+        let mut record = example();
+        let none = IntervalRecord { value: f64::NAN, low: f64::NEG_INFINITY, high: f64::INFINITY };
+        for row in &mut record.ladder {
+            let rate = row.end_to_end.as_mut().unwrap();
+            (rate.tiles_per_sec, rate.speedup, rate.ms_per_tile.median) = (f64::INFINITY, Some(none), f64::NAN);
+            rate.samples_ms.fill(f64::NAN);
+            row.device_utilisation = Some(f64::NAN);
+            row.projected[0].seconds = f64::INFINITY;
+        }
+        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        record.agreement[1].max_abs_difference = Some(f64::INFINITY);
+        record.agreement[2].pixel_agreement = Some(f64::NAN);
+        (record.gates[0].value, record.gates[0].limit) = (Some(f64::NAN), f64::INFINITY);
+        (record.measuring.tolerance, record.measuring.seconds) = (f64::NAN, f64::NAN);
+        record.conclusions = conclusions(&record);
+        assert!(assert_sound(&record).contains("<td class=\"number\">–</td>"));
+    }
+
+    #[test]
+    fn commands_can_be_typed_again() {
+        assert_eq!(
+            ["a-b/c.svs", "two words", "it's", ""].map(quoted),
+            ["a-b/c.svs", "'two words'", r"'it'\''s'", "''"]
+        );
     }
 }

@@ -247,12 +247,10 @@ fn badge(record: &CompareRecord, index: usize) -> Cell {
 }
 
 fn with_interval(interval: Option<IntervalRecord>, format: impl Fn(f64) -> String) -> Cell {
-    match interval {
-        Some(IntervalRecord { value, low, high }) => {
-            Cell::Noted(format(value), format!("{} to {}", format(low), format(high)))
-        }
-        None => Cell::Number(ABSENT.to_owned()),
-    }
+    let Some(IntervalRecord { value, low, high }) = interval.filter(IntervalRecord::is_finite) else {
+        return Cell::Number(ABSENT.to_owned());
+    };
+    Cell::Noted(format(value), format!("{} to {}", format(low), format(high)))
 }
 
 fn owned(heads: &[&str]) -> Vec<String> {
