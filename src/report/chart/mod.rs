@@ -19,8 +19,11 @@ use super::text::escape;
 /// Size of most text in pixels, as the page's style has it.
 const TEXT: f64 = 12.5;
 
-/// The two ways in which a step is measured: class of the colour, name, where it stands in the row.
-const SERIES: [(&str, &str, fn(&LadderRow) -> Option<&RateRecord>); 2] =
+/// Where a rate stands in a step.
+type RateOf = fn(&LadderRow) -> Option<&RateRecord>;
+
+/// The two ways in which a step is measured: class of the colour, name, where it stands.
+const SERIES: [(&str, &str, RateOf); 2] =
     [("model", "model alone", |row| row.model_only.as_ref()), ("whole", "end to end", |row| row.end_to_end.as_ref())];
 
 /// A line from values to pixels.
@@ -224,8 +227,7 @@ impl Svg {
 
 /// The series that some step has, as class and name.
 fn series_of(record: &CompareRecord) -> Vec<(&'static str, &'static str)> {
-    let is_measured =
-        |rate_of: fn(&LadderRow) -> Option<&RateRecord>| record.ladder.iter().any(|row| rate_of(row).is_some());
+    let is_measured = |rate_of: RateOf| record.ladder.iter().any(|row| rate_of(row).is_some());
     SERIES.iter().filter(|(_, _, rate_of)| is_measured(*rate_of)).map(|(class, name, _)| (*class, *name)).collect()
 }
 

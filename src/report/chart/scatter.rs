@@ -60,7 +60,7 @@ pub(in super::super) fn speed_against_agreement(record: &CompareRecord, width: f
     svg.x_axis(&scale, [top, bottom], title, |value| format!("{}×", tick(value)));
     svg.line([scale.at(1.0), top], [scale.at(1.0), bottom], "base");
 
-    let places = settled(&points, |point| [scale.at(point.speedup), y_scale(point.nines)], [left + RADIUS, right]);
+    let places = settled(&points, |point| [scale.at(point.speedup), y_scale(point.nines)], [left, top, right, bottom]);
     let mut taken: Vec<[f64; 4]> =
         places.iter().map(|[x, y]| [x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS]).collect();
     for (point, [x, y]) in points.iter().zip(&places) {
@@ -118,18 +118,20 @@ fn nines_label(nines: f64) -> String {
     }
 }
 
-/// Where the marks are drawn: at their place, or as near to it as leaves those before them free.
-fn settled(points: &[Point], place: impl Fn(&Point) -> [f64; 2], span: [f64; 2]) -> Vec<[f64; 2]> {
+/// Where the marks are drawn: at their place, or as near to it inside the frame as leaves those before them free.
+fn settled(points: &[Point], place: impl Fn(&Point) -> [f64; 2], frame: [f64; 4]) -> Vec<[f64; 2]> {
+    let [left, top, right, bottom] = frame;
+    let mut moves: Vec<[f64; 2]> =
+        (-30..=30).flat_map(|x| (-3..=3).map(move |y| [5.0 * f64::from(x), 20.0 * f64::from(y)])).collect();
+    moves.sort_by(|a, b| a[0].hypot(a[1]).total_cmp(&b[0].hypot(b[1])));
     let mut settled: Vec<[f64; 2]> = Vec::new();
     for point in points {
         let [x, y] = place(point);
-        let is_free = |at: &[f64; 2]| {
-            let is_apart = |other: &[f64; 2]| (other[0] - at[0]).hypot(other[1] - at[1]) > 2.0 * RADIUS + 1.0;
-            span[0] <= at[0] && at[0] + RADIUS <= span[1] && settled.iter().all(is_apart)
+        let is_free = |[x, y]: &[f64; 2]| {
+            let is_inside = left + RADIUS <= *x && *x + RADIUS <= right && top + RADIUS <= *y && *y + RADIUS <= bottom;
+            is_inside && settled.iter().all(|other| (other[0] - x).hypot(other[1] - y) > 2.0 * RADIUS + 1.0)
         };
-        let moves = (1..=12).flat_map(|distance| [1.0, -1.0].map(|sign| sign * f64::from(distance) * 5.0));
-        let tried = std::iter::once([x, y]).chain(moves.map(|shift| [x + shift, y]));
-        let free = tried.clone().find(is_free).unwrap_or([x, y]);
+        let free = moves.iter().map(|by| [x + by[0], y + by[1]]).find(is_free).unwrap_or([x, y]);
         settled.push(free);
     }
     settled
