@@ -3,7 +3,11 @@
 //! Only this module and what serves HTTP know JSON; domain types are converted at the edge. Fields are only ever added
 //! within a schema version.
 
+mod chart;
+pub mod compare;
+mod html;
 mod optimize;
+mod text;
 
 use std::collections::BTreeMap;
 
@@ -13,6 +17,7 @@ use serde_json::{Map, Value};
 pub use self::optimize::{
     NodeRecord, OPTIMIZE_SCHEMA, OptimizeRecord, PassRecord, SpeedRecord, VariantAgreement, VariantRecord,
 };
+pub use html::compare_html;
 
 /// Schema of [`RunRecord`].
 pub const RUN_SCHEMA: &str = "slidestream/run/1";
