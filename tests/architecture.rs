@@ -11,7 +11,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("native", &[]),
     ("onnx", &[]),
     ("pipeline", &[]),
-    ("report", &[]),
+    ("measure", &[]),
+    ("report", &["measure"]),
     ("tiff", &[]),
     ("inference", &["geometry", "native", "onnx"]),
     ("output", &["geometry", "tiff"]),
@@ -19,6 +20,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("stitch", &["geometry"]),
     ("tissue", &["geometry", "slide"]),
     ("engine", &["geometry", "inference", "native", "output", "pipeline", "report", "slide", "stitch", "tissue"]),
+    (
+        "experiment",
+        &["engine", "geometry", "inference", "measure", "native", "onnx", "output", "report", "slide", "tissue"],
+    ),
 ];
 
 /// Crates that only some modules may name.
@@ -32,6 +37,8 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("prost", &["onnx"]),
     ("rust_hdf5", &["output"]),
     ("libloading", &["native"]),
+    ("safetensors", &["onnx"]),
+    ("rand", &["experiment"]),
 ];
 
 fn sources(of: &Path) -> Vec<PathBuf> {
