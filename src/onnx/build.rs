@@ -6,7 +6,7 @@ use super::proto::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto,
     ValueInfoProto, type_proto,
 };
-use super::{Dim, ElementType, Model};
+use super::{Dim, ElementType, Model, Tensor};
 
 /// The version of the standard operators that built models use; ONNX Runtime reads it since 1.15.
 pub const OPSET: i64 = 18;
@@ -43,6 +43,13 @@ impl From<&str> for Attribute {
     fn from(value: &str) -> Self {
         let bytes = value.as_bytes().to_vec();
         Self(AttributeProto { r#type: Some(AttributeType::String.into()), s: Some(bytes), ..Default::default() })
+    }
+}
+
+impl From<&Tensor> for Attribute {
+    fn from(value: &Tensor) -> Self {
+        let tensor = Some(value.to_proto(""));
+        Self(AttributeProto { r#type: Some(AttributeType::Tensor.into()), t: tensor, ..Default::default() })
     }
 }
 
@@ -137,7 +144,8 @@ impl Graph {
     }
 }
 
-fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> ValueInfoProto {
+/// How a model declares an input or output.
+pub(super) fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> ValueInfoProto {
     let dimension = |dim: &Dim| Dimension {
         value: match dim {
             Dim::Fixed(size) => Some(dimension::Value::DimValue(i64::try_from(*size).unwrap_or(i64::MAX))),

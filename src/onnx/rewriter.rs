@@ -6,9 +6,9 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::proto::attribute_proto::AttributeType;
-use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
+use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, type_proto};
 use super::tensor::{Tensor, TensorError};
-use super::{ElementType, Model};
+use super::{ElementType, Model, Value};
 
 /// The domain of ONNX Runtime's own operators.
 pub const MICROSOFT: &str = "com.microsoft";
@@ -271,6 +271,15 @@ impl Rewriter {
         self.attribute(id, name).map(|attribute| String::from_utf8_lossy(attribute.s()).into_owned())
     }
 
+    /// An attribute that is a tensor.
+    ///
+    /// # Errors
+    /// [`RewriteError::Tensor`] if there is one, but it can't be read.
+    pub fn tensor(&self, id: NodeId, name: &str) -> Result<Option<Tensor>, RewriteError> {
+        let tensor = self.attribute(id, name).and_then(|attribute| attribute.t.as_ref());
+        Ok(tensor.map(Tensor::from_proto).transpose()?)
+    }
+
     fn attribute(&self, id: NodeId, name: &str) -> Option<&AttributeProto> {
         self.node(id).attribute.iter().find(|attribute| attribute.name() == name)
     }
@@ -300,6 +309,26 @@ impl Rewriter {
             [only] if !self.pinned.contains(value) => Some(*only),
             _ => None,
         }
+    }
+
+    /// A value that `nodes` give and that something else reads, `result` apart; `None` if they can be replaced by a
+    /// node that gives `result`.
+    #[must_use]
+    pub fn escaping(&self, nodes: &[NodeId], result: &str) -> Option<&str> {
+        let inner = nodes.iter().flat_map(|id| &self.node(*id).output).map(String::as_str);
+        let mut inner = inner.filter(|value| !value.is_empty() && *value != result);
+        inner.find(|value| self.is_pinned(value) || self.consumers(value).iter().any(|id| !nodes.contains(id)))
+    }
+
+    /// The number of dimensions that the model declares for a value.
+    #[must_use]
+    pub fn rank(&self, value: &str) -> Option<usize> {
+        if let Some(constant) = self.constants.get(value) {
+            return Some(constant.dims.len());
+        }
+        let graph = self.model.graph.as_ref()?;
+        let mut infos = graph.input.iter().chain(&graph.output).chain(&graph.value_info);
+        super::Value::new(infos.find(|info| info.name() == value)?).dims.map(|dims| dims.len())
     }
 
     /// True if the value is an output of the model.
@@ -364,6 +393,33 @@ impl Rewriter {
         self.constants.get(value).map(|tensor| ElementType::from_number(tensor.data_type()))
     }
 
+    /// What the model says of a value's type and dimensions: of its inputs and outputs always, of others at times.
+    #[must_use]
+    pub fn declared(&self, value: &str) -> Option<Value> {
+        let graph = self.model.graph.as_ref()?;
+        let mut infos = graph.input.iter().chain(&graph.output).chain(&graph.value_info);
+        infos.find(|info| info.name() == value).map(Value::new)
+    }
+
+    /// Corrects what the model says of values' types, where it says something: `(value, its new type)`.
+    pub fn declare(&mut self, elements: &HashMap<String, ElementType>) {
+        let graph = self.model.graph.get_or_insert_default();
+        for info in graph.input.iter_mut().chain(&mut graph.output).chain(&mut graph.value_info) {
+            if let Some(element) = elements.get(info.name())
+                && let Some(type_proto::Value::TensorType(tensor)) =
+                    info.r#type.as_mut().and_then(|kind| kind.value.as_mut())
+            {
+                tensor.elem_type = Some(element.number());
+            }
+        }
+    }
+
+    /// The first node with a body, such as `If` and `Loop`; what its body reads must keep its name and type.
+    #[must_use]
+    pub fn control_flow(&self) -> Option<NodeId> {
+        self.ids().find(|id| self.node(*id).attribute.iter().any(|attribute| bodies(attribute).next().is_some()))
+    }
+
     /// Names of all constants, in the order in which they came.
     #[must_use]
     pub fn constants(&self) -> Vec<String> {
@@ -395,6 +451,18 @@ impl Rewriter {
         if let Some(stored) = self.constants.get_mut(name) {
             *stored = tensor.to_proto(name);
         }
+    }
+
+    /// Makes `tensor` the node's input number `index`: in place of the constant there if nothing else reads that, else
+    /// as a new one, with a name near the old one's or the node's.
+    pub fn set_constant_input(&mut self, id: NodeId, index: usize, tensor: &Tensor) {
+        let old = self.input(id, index).to_owned();
+        if self.is_constant(&old) && self.sole_consumer(&old) == Some(id) {
+            return self.set_constant(&old, tensor);
+        }
+        let hint = if old.is_empty() { format!("{}/{index}", self.label(id)) } else { old };
+        let name = self.add_constant(&hint, tensor);
+        self.set_input(id, index, &name);
     }
 
     /// Makes a constant of a value that a node gave: the node no longer gives it.

@@ -3,7 +3,17 @@
 //! A pass takes a [`Rewriter`](super::Rewriter), changes what it can, and tells for every node that it is about whether
 //! it was applied and why not. Running a pass twice changes nothing the second time.
 
+pub mod batch_norm;
+pub mod clean;
+pub mod conv_transpose;
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod gelu;
+pub mod image_input;
 pub mod int8;
+pub mod layer_norm;
+pub mod layer_scale;
+pub mod split_concat;
 
 use std::fmt;
 
