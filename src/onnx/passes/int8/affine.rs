@@ -23,11 +23,6 @@ impl Affine {
         let zero_point = (-min / f64::from(scale)).round().clamp(0.0, 255.0) as u8;
         Ok(Self { scale, zero_point })
     }
-
-    /// The largest value that a byte can mean.
-    pub(super) fn largest(self) -> f32 {
-        self.scale * f32::from(255 - self.zero_point)
-    }
 }
 
 /// Weights as signed bytes, with one scale per channel: `weight = scale[channel] · byte`.
@@ -127,7 +122,7 @@ mod tests {
             let low = -affine.scale * f32::from(affine.zero_point);
             // Rounding the zero point moves both ends by half a step at most.
             assert!(low - min.min(0.0) <= affine.scale * 0.5001, "{min} {max} {affine:?}");
-            assert!(max.max(0.0) - affine.largest() <= affine.scale * 0.5001, "{min} {max} {affine:?}");
+            assert!(max.max(0.0) - affine.scale * f32::from(255 - affine.zero_point) <= affine.scale * 0.5001, "{min} {max} {affine:?}");
         }
     }
 

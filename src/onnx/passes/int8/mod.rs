@@ -7,10 +7,12 @@
 mod affine;
 mod dynamic;
 mod plan;
+mod product;
 mod qdq;
 mod ranges;
 mod sensitive;
 
-pub use dynamic::quantize_dynamic;
+pub use dynamic::{DynamicOptions, quantize_dynamic};
 pub use qdq::{StaticOptions, observed, quantize_static};
 pub use ranges::{ActivationRanges, Range, RangeCollector, RangeError, RangeMethod};
+pub use sensitive::{Search, SearchError, Sensitivity, quantize_within, sensitivities};

@@ -80,6 +80,11 @@ impl Plan {
         self.nodes.iter().map(|(id, role)| (*id, *role))
     }
 
+    /// The nodes that multiply weights.
+    pub(super) fn weighted(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.nodes().filter_map(|(id, role)| (role == Role::Weighted).then_some(id))
+    }
+
     pub(super) fn role(&self, id: NodeId) -> Option<Role> {
         self.nodes.get(&id).copied()
     }
