@@ -126,15 +126,41 @@ impl Plan {
         value.to_owned()
     }
 
-    /// The bytes of a value.
+    /// The bytes of a value, and the value from whose range their scale is taken: its root, or the `Concat` that it
+    /// flows into, so that this need not rescale.
     pub(super) fn affine(
         &self,
         rewriter: &Rewriter,
         ranges: &ActivationRanges,
         value: &str,
-    ) -> Result<Affine, RangeError> {
+    ) -> Result<(String, Affine), RangeError> {
         let root = self.root(rewriter, value);
-        Affine::covering(ranges.get(&root)?, &root)
+        let own = ranges.get(&root)?;
+        if let Some((joined, only)) = self.joined(rewriter, &root)
+            && let Ok(all) = ranges.get(&joined)
+        {
+            // What a rectifier cuts off must stay below the lowest byte; other readers may lose one bit.
+            let rectified = own.min < 0.0 || all.min >= 0.0;
+            if rectified && (only || all.width() <= 2.0 * own.width()) {
+                return self.affine(rewriter, ranges, &joined);
+            }
+        }
+        let affine = Affine::covering(own, &root)?;
+        Ok((root, affine))
+    }
+
+    /// The output of a `Concat` that a value flows into unchanged, and whether it flows nowhere else.
+    fn joined(&self, rewriter: &Rewriter, value: &str) -> Option<(String, bool)> {
+        let readers = rewriter.consumers(value);
+        let only = readers.len() == 1 && !rewriter.is_pinned(value);
+        readers.iter().find_map(|id| match self.role(*id)? {
+            Role::Carrier => {
+                let (joined, rest) = self.joined(rewriter, rewriter.output(*id, 0))?;
+                Some((joined, only && rest))
+            }
+            Role::Rescaling if rewriter.is(*id, "Concat") => Some((self.output(rewriter, *id)?, only)),
+            _ => None,
+        })
     }
 
     /// Takes out nodes between that would turn floats to bytes, or bytes to floats, for themselves alone.

@@ -35,10 +35,9 @@ pub struct Range {
 }
 
 impl Range {
-    /// The range that holds both.
-    #[must_use]
-    pub fn union(self, other: Self) -> Self {
-        Self { min: self.min.min(other.min), max: self.max.max(other.max) }
+    /// From the smallest to the largest, zero included.
+    pub(super) fn width(self) -> f64 {
+        f64::from(self.max.max(0.0)) - f64::from(self.min.min(0.0))
     }
 }
 
