@@ -122,7 +122,10 @@ mod tests {
             let low = -affine.scale * f32::from(affine.zero_point);
             // Rounding the zero point moves both ends by half a step at most.
             assert!(low - min.min(0.0) <= affine.scale * 0.5001, "{min} {max} {affine:?}");
-            assert!(max.max(0.0) - affine.scale * f32::from(255 - affine.zero_point) <= affine.scale * 0.5001, "{min} {max} {affine:?}");
+            assert!(
+                max.max(0.0) - affine.scale * f32::from(255 - affine.zero_point) <= affine.scale * 0.5001,
+                "{min} {max} {affine:?}"
+            );
         }
     }
 
@@ -160,6 +163,9 @@ mod tests {
     #[test]
     fn broken_weights_are_told() {
         let weights = Tensor::f32(&[1, 1], vec![f32::NAN]);
-        assert_eq!(quantize_weights(&weights, 0, Magnitude::Full, None).unwrap_err(), "its weights hold NaN or infinity");
+        assert_eq!(
+            quantize_weights(&weights, 0, Magnitude::Full, None).unwrap_err(),
+            "its weights hold NaN or infinity"
+        );
     }
 }

@@ -116,3 +116,71 @@ impl Graph<'_> {
         self.rewriter.set_attribute(id, "perm", ints(perm));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inference::evaluate;
+    use crate::onnx::build::{self, Attribute};
+    use crate::onnx::passes::fixtures::noise;
+    use crate::onnx::{ElementType, Model};
+
+    fn model(op: &str, scales: &[f32], attributes: &[(&str, Attribute)]) -> Model {
+        let mut graph = build::Graph::new("enlarge");
+        let x = graph.input("x", ElementType::F32, &["n".into(), 8.into(), "h".into(), "w".into()]);
+        let scales = graph.weights("scales", &[4], scales);
+        let inputs = [x.as_str(), "", &scales];
+        let y = graph.node(op, &inputs[..if op == "Resize" { 3 } else { 1 }], attributes);
+        graph.output("y", &y, ElementType::F32, &["n".into(), "c".into(), "h2".into(), "w2".into()]);
+        graph.finish()
+    }
+
+    /// The rewritten model, if the node is one that is rewritten.
+    fn enlarged(model: &Model) -> Option<Model> {
+        let mut rewriter = Rewriter::new(model.clone()).unwrap();
+        let id = rewriter.ids().next().unwrap();
+        let to = rewriter.output(id, 0).to_owned();
+        enlarge(&mut rewriter, id, "x", &to).then(|| rewriter.finish().unwrap())
+    }
+
+    fn resize(scales: &[f32], how: [&str; 3]) -> Model {
+        let names = ["mode", "coordinate_transformation_mode", "nearest_mode"];
+        let attributes: Vec<(&str, Attribute)> = names.into_iter().zip(how.map(Attribute::from)).collect();
+        model("Resize", scales, &attributes)
+    }
+
+    #[test]
+    fn pixels_land_where_the_operators_put_them() {
+        let floor = ["nearest", "asymmetric", "floor"];
+        let round = ["nearest", "half_pixel", "round_prefer_floor"];
+        let models = [
+            model("DepthToSpace", &[], &[("blocksize", 2.into())]),
+            resize(&[1.0, 1.0, 2.0, 2.0], floor),
+            resize(&[1.0, 1.0, 3.0, 3.0], round),
+            resize(&[1.0, 1.0, 4.0, 4.0], round),
+        ];
+        for model in models {
+            let rewritten = enlarged(&model).unwrap();
+            assert!(!rewritten.op_counts().keys().any(|op| op == "Resize" || op == "DepthToSpace"));
+            for dims in [[1, 8, 2, 3], [3, 8, 5, 4]] {
+                let inputs = [("x", noise(&dims))];
+                assert_eq!(evaluate(&model, &inputs).unwrap(), evaluate(&rewritten, &inputs).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn what_moves_pixels_otherwise_stays() {
+        let stays = [
+            model("DepthToSpace", &[], &[("blocksize", 2.into()), ("mode", "CRD".into())]),
+            resize(&[1.0, 1.0, 2.0, 3.0], ["nearest", "asymmetric", "floor"]),
+            resize(&[1.0, 1.0, 1.5, 1.5], ["nearest", "asymmetric", "floor"]),
+            resize(&[1.0, 1.0, 2.0, 2.0], ["nearest", "asymmetric", "ceil"]),
+            resize(&[1.0, 1.0, 2.0, 2.0], ["linear", "half_pixel", "round_prefer_floor"]),
+            model("Relu", &[], &[]),
+        ];
+        for model in stays {
+            assert!(enlarged(&model).is_none(), "{:?}", model.op_counts());
+        }
+    }
+}

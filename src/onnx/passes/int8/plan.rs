@@ -98,9 +98,8 @@ impl Plan {
         let takes_floats = role == Role::Weighted && !rewriter.is(id, "Conv");
         let all_read_bytes = || {
             let readers = rewriter.consumers(&value);
-            let mut carriers = readers.iter().filter_map(|reader| Some((*reader, self.role(*reader)?)));
-            let count = carriers.by_ref().count();
-            count > 0 && count == readers.len() && !rewriter.is_pinned(&value)
+            let take_bytes = readers.iter().all(|reader| self.nodes.contains_key(reader));
+            take_bytes && !readers.is_empty() && !rewriter.is_pinned(&value)
         };
         (!takes_floats || all_read_bytes()).then_some(value)
     }
@@ -126,8 +125,7 @@ impl Plan {
         value.to_owned()
     }
 
-    /// The bytes of a value, and the value from whose range their scale is taken: its root, or the `Concat` that it
-    /// flows into, so that this need not rescale.
+    /// The value from whose range a value's scale is taken, and what its bytes mean.
     pub(super) fn affine(
         &self,
         rewriter: &Rewriter,
@@ -135,32 +133,8 @@ impl Plan {
         value: &str,
     ) -> Result<(String, Affine), RangeError> {
         let root = self.root(rewriter, value);
-        let own = ranges.get(&root)?;
-        if let Some((joined, only)) = self.joined(rewriter, &root)
-            && let Ok(all) = ranges.get(&joined)
-        {
-            // What a rectifier cuts off must stay below the lowest byte; other readers may lose one bit.
-            let rectified = own.min < 0.0 || all.min >= 0.0;
-            if rectified && (only || all.width() <= 2.0 * own.width()) {
-                return self.affine(rewriter, ranges, &joined);
-            }
-        }
-        let affine = Affine::covering(own, &root)?;
+        let affine = Affine::covering(ranges.get(&root)?, &root)?;
         Ok((root, affine))
-    }
-
-    /// The output of a `Concat` that a value flows into unchanged, and whether it flows nowhere else.
-    fn joined(&self, rewriter: &Rewriter, value: &str) -> Option<(String, bool)> {
-        let readers = rewriter.consumers(value);
-        let only = readers.len() == 1 && !rewriter.is_pinned(value);
-        readers.iter().find_map(|id| match self.role(*id)? {
-            Role::Carrier => {
-                let (joined, rest) = self.joined(rewriter, rewriter.output(*id, 0))?;
-                Some((joined, only && rest))
-            }
-            Role::Rescaling if rewriter.is(*id, "Concat") => Some((self.output(rewriter, *id)?, only)),
-            _ => None,
-        })
     }
 
     /// Takes out nodes between that would turn floats to bytes, or bytes to floats, for themselves alone.
@@ -249,7 +223,8 @@ fn obstacle(rewriter: &Rewriter, id: NodeId) -> Option<String> {
             && rewriter.float(id, "beta").unwrap_or(1.0) == 1.0
             && rewriter.int(id, "transA").unwrap_or(0) == 0;
         let columns = dims[usize::from(rewriter.int(id, "transB").unwrap_or(0) == 0)];
-        let fits = bias.is_empty() || rewriter.constant_dims(bias).is_some_and(|dims| dims.iter().product::<usize>() == columns);
+        let fits = bias.is_empty()
+            || rewriter.constant_dims(bias).is_some_and(|dims| dims.iter().product::<usize>() == columns);
         if !plain || !fits {
             return Some("scales or transposes what INT8 products can't".to_owned());
         }
@@ -270,7 +245,9 @@ fn between(rewriter: &Rewriter, id: NodeId) -> Option<Role> {
             Some(Role::Carrier)
         }
         "Add" | "Mul" if node.input.iter().any(|value| rewriter.is_constant(value)) => None,
-        "Concat" | "Add" | "Mul" | "AveragePool" | "GlobalAveragePool" | "Sigmoid" | "LeakyRelu" => Some(Role::Rescaling),
+        "Concat" | "Add" | "Mul" | "AveragePool" | "GlobalAveragePool" | "Sigmoid" | "LeakyRelu" => {
+            Some(Role::Rescaling)
+        }
         _ => None,
     }
 }

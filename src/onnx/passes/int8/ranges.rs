@@ -34,13 +34,6 @@ pub struct Range {
     pub max: f32,
 }
 
-impl Range {
-    /// From the smallest to the largest, zero included.
-    pub(super) fn width(self) -> f64 {
-        f64::from(self.max.max(0.0)) - f64::from(self.min.min(0.0))
-    }
-}
-
 /// A value whose range can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
