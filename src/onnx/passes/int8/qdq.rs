@@ -1,7 +1,7 @@
 //! Static INT8: writes a model whose activations are bytes with scales known beforehand.
 //!
-//! Between `DequantizeLinear` and `QuantizeLinear`, ONNX Runtime runs products, sums and pools on bytes; what only moves
-//! values is put on the bytes themselves here.
+//! Between `DequantizeLinear` and `QuantizeLinear`, ONNX Runtime runs products, sums and pools on bytes; what only
+//! moves values is put on the bytes themselves here.
 
 use std::collections::{BTreeSet, HashMap};
 

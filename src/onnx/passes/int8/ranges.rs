@@ -117,7 +117,7 @@ impl RangeCollector {
     }
 }
 
-/// Counts of values but zero over `[-limit, limit)`; the limit doubles when a value lies outside, and pairs of bins merge.
+/// Counts of values but zero over `[-limit, limit)`; when one lies outside, the limit doubles and bins merge in pairs.
 #[derive(Clone, Debug)]
 struct Histogram {
     bins: Vec<u64>,

@@ -1,4 +1,4 @@
-//! Which nodes to leave in float: ranks them by what bytes lose there, and leaves the worst until a model is good enough.
+//! Which nodes to leave in float: ranks them by what bytes lose there, and leaves the worst until the error is small.
 
 use super::affine::{Magnitude, quantize_weights};
 use super::plan::{Plan, inputs};
