@@ -525,6 +525,14 @@ mod tests {
     }
 
     #[test]
+    fn inner_values_can_be_outputs() {
+        let relu = model().proto().graph.as_ref().unwrap().node[0].output[0].clone();
+        let probe = model().with_outputs(&[relu.clone(), "pooled".to_owned(), "image".to_owned(), relu.clone()]);
+        let names: Vec<String> = probe.outputs().into_iter().map(|output| output.name).collect();
+        assert_eq!(names, ["pooled", &relu]);
+    }
+
+    #[test]
     fn what_is_no_model_is_named() {
         let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n";
         let cases: &[(&[u8], Content)] = &[
