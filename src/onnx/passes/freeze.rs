@@ -174,7 +174,7 @@ mod tests {
     use super::*;
     use crate::onnx::ElementType;
     use crate::onnx::build::{Graph, ints};
-    use crate::onnx::passes::tests::evaluate_images;
+    use crate::onnx::passes::fixtures::evaluate_images;
 
     /// `[n, 3, 4, 4]` → Shape → batch, glued to `[8, 6]` → Reshape; and a constant times a constant.
     fn model() -> Model {
