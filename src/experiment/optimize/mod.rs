@@ -168,15 +168,25 @@ pub fn optimize(
             }
         };
         let tried = trial.judge(candidates, say)?;
-        // Of several with one name only the fastest that passed can enter the card.
-        let sound = tried.iter().enumerate().filter(|(_, verdict)| verdict.is_sound);
-        let best = sound.max_by(|a, b| a.1.speed().total_cmp(&b.1.speed())).map(|(index, _)| index);
+        let best = best_of(&tried);
         for (index, verdict) in tried.into_iter().enumerate() {
             variants.push(enter(&mut made, verdict, Some(index) == best, request)?);
         }
     }
     write_card(&mut made, &request.out)?;
     Ok(Optimized { card: made, variants })
+}
+
+/// Of several candidates with one name only one can enter the card: among those that passed, and are nearly as fast as
+/// the fastest of them, the one that agrees most.
+fn best_of(tried: &[Verdict]) -> Option<usize> {
+    /// Less than what one machine differs from the next.
+    const NEARLY: f64 = 0.95;
+    let sound = || tried.iter().enumerate().filter(|(_, verdict)| verdict.is_sound);
+    let fastest = sound().map(|(_, verdict)| verdict.speed()).fold(0.0, f64::max);
+    let fast = sound().filter(|(_, verdict)| verdict.speed() >= NEARLY * fastest);
+    let agreement = |verdict: &Verdict| verdict.record.agreement.mean_cosine;
+    fast.max_by(|a, b| agreement(a.1).total_cmp(&agreement(b.1))).map(|(index, _)| index)
 }
 
 /// What makes no sense is refused before any work.
@@ -329,7 +339,7 @@ fn enter(
     let Verdict { mut record, model, variant, .. } = verdict;
     if !is_taken {
         if record.is_recommended {
-            record.note.push_str("; another candidate was faster");
+            record.note.push_str("; another candidate is better");
             record.is_recommended = false;
         }
         return Ok(record);

@@ -69,5 +69,5 @@ pub(crate) fn evaluate_images(model: &Model, case: Case) -> Result<Option<Vec<Te
 pub(crate) fn shapes_of(rewriter: &Rewriter) -> Shapes {
     let (question, values) = Shapes::question(rewriter).unwrap();
     let answer = evaluate_images(&question, Case::Batch(2)).unwrap().unwrap();
-    Shapes::from_answer(values, &answer)
+    Shapes::from_answer(values, &answer, 2)
 }

@@ -10,7 +10,7 @@ use self::trace::{Elements, Path, is_layout, scaled};
 use super::PassReport;
 use crate::onnx::{MICROSOFT, NodeId, RewriteError, Rewriter, Shapes, Tensor};
 
-/// Fuses what it can; `shapes` are those of a batch of two images, or of one if the model takes no other.
+/// Fuses what it can; `shapes` are best those of more than one image: one alone can't tell batch from heads.
 ///
 /// # Errors
 /// [`RewriteError`] if a weight can't be read.
@@ -101,8 +101,7 @@ impl Heads {
         let (lead, [tokens, size]) = query_dims.split_last_chunk::<2>().ok_or("the queries are no matrices")?;
         let (batch, heads) = match lead {
             [batch, heads] => (*batch, *heads),
-            // Batch and heads in one: the batch is that of the shapes.
-            [both] if both % 2 == 0 => (2, both / 2),
+            [both] if both.is_multiple_of(shapes.batch()) => (shapes.batch(), both / shapes.batch()),
             _ => return Err(format!("queries of dimensions {query_dims:?} are not per head")),
         };
         let key_tokens = dims[dims.len() - 1];
@@ -504,7 +503,7 @@ impl End {
 
 /// True if the elements are one row, in order.
 fn is_row(row: &[u32], width: usize) -> bool {
-    row[0] as usize % width == 0 && row.windows(2).all(|pair| pair[1] == pair[0] + 1)
+    (row[0] as usize).is_multiple_of(width) && row.windows(2).all(|pair| pair[1] == pair[0] + 1)
 }
 
 /// A constant matrix turned, as a new constant.
