@@ -146,7 +146,11 @@ fn an_adapter_becomes_part_of_the_model() {
     let adapter = fixture("lora");
     let more = ["--lora", adapter.to_str().unwrap(), "--tiles", "2", "--out", out.to_str().unwrap(), "--explain"];
     let done = place.slidestream(arguments("optimize", &fixture("timm_sdpa.onnx"), &more, "features"));
-    done.code(0).shows(&["lora"]);
+    done.code(0).shows(&["lora-unmerged", "the adapter beside the weights"]);
+    // Merged and unmerged are the same sums in another order.
+    let unmerged = &record(&out)["variants"][0];
+    assert_eq!(unmerged["name"], "lora-unmerged");
+    assert!(unmerged["agreement"]["max_abs_difference"].as_f64().unwrap() < 1e-4, "{unmerged}");
     // Another network: every module is missing, and the first is named.
     let other = place.at("other");
     let more = ["--lora", adapter.to_str().unwrap(), "--out", other.to_str().unwrap()];

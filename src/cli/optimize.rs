@@ -177,6 +177,9 @@ fn summary(variants: &[VariantRecord], out: &Path) -> String {
     for variant in variants {
         let agreement = &variant.agreement;
         let mut close = format!("cosine {:.5} mean, {:.5} least", agreement.mean_cosine, agreement.min_cosine);
+        if let Some(difference) = agreement.max_abs_difference {
+            write!(close, "; max |Δ| {difference:.1e}").ok();
+        }
         if let Some(top1) = agreement.top1_agreement {
             write!(close, "; same class {:.2} %", 100.0 * top1).ok();
         }

@@ -270,12 +270,13 @@ impl Maps {
             deflate_level: MAP_DEFLATE,
         };
         let mut probabilities = Vec::new();
-        for name in target.class_names() {
+        let names = target.class_names();
+        for (name, file) in names.iter().zip(file_names(&names)) {
             let description = description(&format!("probability (0-255) of class {name}"));
-            let path = target.path("heatmaps", &format!("{}.tif", file_name(&name)));
+            let path = target.path("heatmaps", &format!("{file}.tif"));
             probabilities.push(PyramidWriter::create(&path, &PyramidSpec { description, ..pyramid.clone() })?);
         }
-        let names = target.class_names().join(", ");
+        let names = names.join(", ");
         let description = description(&format!("class map (0 not inferred, then 1-based: {names})"));
         let spec = PyramidSpec { description, reduce: Reduce::Mode, ..pyramid };
         let classes = Some(PyramidWriter::create(&target.path("classes", "tif"), &spec)?);
@@ -287,9 +288,17 @@ fn origin_um(region: Level0Rect, pixel_size: PixelSize) -> (f64, f64) {
     (region.x as f64 * pixel_size.x.get(), region.y as f64 * pixel_size.y.get())
 }
 
-/// A class name as part of a file name.
-fn file_name(class: &str) -> String {
-    class.chars().map(|c| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '_' }).collect()
+/// The class names as parts of file names, which differ even on a file system that does not tell cases apart.
+fn file_names(classes: &[String]) -> Vec<String> {
+    let is_plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let plain = |class: &String| class.chars().map(|c| if is_plain(c) { c } else { '_' }).collect::<String>();
+    let plain: Vec<String> = classes.iter().map(plain).collect();
+    let count = |name: &String| plain.iter().filter(|other| other.to_lowercase() == name.to_lowercase()).count();
+    let numbered = |(index, name): (usize, &String)| match count(name) {
+        1 => name.clone(),
+        _ => format!("{name}-{}", index + 1),
+    };
+    plain.iter().enumerate().map(numbered).collect()
 }
 
 /// Each class's share of the classified cells; `no class` where nothing reached the threshold.
@@ -300,4 +309,15 @@ fn shares(names: &[String], cells: &[u64]) -> ClassShares {
     let all: ClassShares = shares.collect();
     let has_rest = cells.last().is_some_and(|count| *count > 0);
     if has_rest { all } else { all[..all.len() - 1].to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_whose_names_differ_by_signs_have_files_of_their_own() {
+        let names = ["ER+", "ER-", "ER?", "er_", "stroma"].map(str::to_owned);
+        assert_eq!(file_names(&names), ["ER_-1", "ER-", "ER_-3", "er_-4", "stroma"]);
+    }
 }

@@ -4,8 +4,8 @@ use fast_image_resize::images::{TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x4;
 use fast_image_resize::{CropBoxError, FilterType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
 
-/// Bicubic (a = -0.5), widened when it shrinks so that nothing aliases: what Pillow's `resize` does by default, hence
-/// what models have been trained on. Lanczos3 costs half as much again and rings at the edge of tissue and glass; a
+/// Bicubic (a = -0.5), widened when it shrinks so that nothing aliases: the filter of Pillow's `resize` by default, hence
+/// what models have been trained on (Pillow rounds between its two directions, so its pixels differ by a level or two). Lanczos3 costs half as much again and rings at the edge of tissue and glass; a
 /// box or bilinear filter is cheaper but blurs at factors just above 1.
 const FILTER: FilterType = FilterType::CatmullRom;
 

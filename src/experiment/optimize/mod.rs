@@ -141,8 +141,10 @@ pub fn optimize(
     std::fs::create_dir_all(&request.out).map_err(|source| file_error(&request.out, "written", source))?;
     let mut made = existing(card, &request.out)?;
 
-    let (model, merged) = match &request.lora {
-        Some(path) => merge(model, &Adapter::load(path)?)?,
+    let adapter = request.lora.as_deref().map(Adapter::load).transpose()?;
+    let unmerged = adapter.as_ref().map(|adapter| beside(&model, adapter)).transpose()?;
+    let (model, merged) = match &adapter {
+        Some(adapter) => merge(model, adapter)?,
         None => (model, None),
     };
     // With an adapter, what it makes of the model is the original that variants are held against.
@@ -157,6 +159,17 @@ pub fn optimize(
     let graphs = Graphs { clean: rewriter, passes, probe: &probe, request };
 
     let mut variants = Vec::new();
+    let mut enter_best = |candidates: Vec<Candidate>, say: &mut dyn FnMut(&str)| {
+        let tried = trial.judge(candidates, say)?;
+        let best = best_of(&tried);
+        for (index, verdict) in tried.into_iter().enumerate() {
+            variants.push(enter(&mut made, verdict, Some(index) == best, request)?);
+        }
+        Ok::<(), ExperimentError>(())
+    };
+    if let Some(unmerged) = unmerged {
+        enter_best(vec![unmerged], say)?;
+    }
     for precision in &request.precisions {
         let candidates = match (precision, request.target) {
             (Precision::Fp32, Target::Cpu) => graphs.for_cpu()?,
@@ -167,11 +180,7 @@ pub fn optimize(
                 int8::candidates(&graphs, &trial, say)?
             }
         };
-        let tried = trial.judge(candidates, say)?;
-        let best = best_of(&tried);
-        for (index, verdict) in tried.into_iter().enumerate() {
-            variants.push(enter(&mut made, verdict, Some(index) == best, request)?);
-        }
+        enter_best(candidates, say)?;
     }
     write_card(&mut made, &request.out)?;
     Ok(Optimized { card: made, variants })
@@ -280,6 +289,15 @@ impl Graphs<'_> {
         let (provider, options) = (Provider::Cpu, BTreeMap::new());
         Ok(Candidate { name, model: rewriter.finish()?, passes, provider, options, note: note.to_owned() })
     }
+}
+
+/// The model with the adapter beside its weights: slower, and what merging is proven against.
+fn beside(model: &Model, adapter: &Adapter) -> Result<Candidate, ExperimentError> {
+    let mut rewriter = Rewriter::new(model.clone())?;
+    let passes = vec![lora::attach(&mut rewriter, adapter)?];
+    let note = "the adapter beside the weights, for benchmarks".to_owned();
+    let (provider, options) = (Provider::Cpu, BTreeMap::new());
+    Ok(Candidate { name: "lora-unmerged", model: rewriter.finish()?, passes, provider, options, note })
 }
 
 /// The model with the adapter in its weights, and what was merged.
