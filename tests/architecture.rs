@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("geometry", &[]),
     ("native", &[]),
+    ("measure", &[]),
     ("onnx", &[]),
     ("pipeline", &[]),
-    ("report", &[]),
+    ("report", &["measure"]),
     ("tiff", &[]),
     ("inference", &["geometry", "native", "onnx"]),
     ("output", &["geometry", "tiff"]),
@@ -19,6 +20,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("stitch", &["geometry"]),
     ("tissue", &["geometry", "slide"]),
     ("engine", &["geometry", "inference", "native", "output", "pipeline", "report", "slide", "stitch", "tissue"]),
+    (
+        "experiment",
+        &[
+            "engine", "geometry", "inference", "measure", "native", "onnx", "output", "pipeline", "report", "slide",
+            "stitch", "tissue",
+        ],
+    ),
 ];
 
 /// Crates that only some modules may name.

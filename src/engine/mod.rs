@@ -191,7 +191,7 @@ impl Engine {
 }
 
 /// How this model's results are put together, `None` for features.
-fn stitch_spec(card: &ModelCard, config: &RunConfig, plan: &SlidePlan) -> Option<StitchSpec> {
+pub(crate) fn stitch_spec(card: &ModelCard, config: &RunConfig, plan: &SlidePlan) -> Option<StitchSpec> {
     let stride = plan.plane.tile_size - plan.overlap;
     let cell = match card.task {
         Task::Features => return None,
