@@ -24,6 +24,7 @@ use self::config::RunConfig;
 pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
+pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};

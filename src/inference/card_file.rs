@@ -220,6 +220,7 @@ fn parse_color(text: &str) -> Option<[u8; 3]> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::inference::Provider;
 
     pub(in crate::inference) const CARD: &str = r##"
 schema = 1

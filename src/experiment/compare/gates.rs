@@ -71,8 +71,9 @@ impl Gates {
                 let row = accuracy.and_then(|record| record.rows.iter().find(|row| row.variant == of.variant));
                 let metric = row.and_then(|row| if is_map { row.dice } else { row.balanced_accuracy });
                 let difference = metric.and_then(|metric: MetricRecord| metric.difference);
-                let far_end = difference.map(|difference| -difference.low);
-                let measured = difference.map(|difference| format!("measured {:.4}; ", -difference.value));
+                // Subtracted: a negated 0 would be shown as −0.
+                let far_end = difference.map(|difference| 0.0 - difference.low);
+                let measured = difference.map(|difference| format!("measured {:.6}; ", 0.0 - difference.value));
                 let of_interval = "the far end of its 95 % interval counts";
                 let about = format!("{}{of_interval}", measured.unwrap_or_default());
                 gates.push(gate(&of.variant, name, Bound::AtMost, limit, far_end, &about));

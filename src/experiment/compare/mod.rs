@@ -139,7 +139,7 @@ pub fn compare(
     if let Some(course) = course.as_ref().filter(|_| subjects.len() > 1) {
         let shown = if best > 0 { best } else { subjects.len() - 1 };
         say(&format!("drawing the maps of {} and {}", subjects[0].name, subjects[shown].name));
-        drawn = pictures::pictures(&subjects[0], &subjects[shown], course, request)?;
+        drawn = pictures::pictures(&subjects[0], &subjects[shown], course)?;
     }
     let source = match (&request.slide, is_real) {
         (Some(path), _) => path.display().to_string(),

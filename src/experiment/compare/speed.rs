@@ -187,7 +187,7 @@ impl Runner {
 }
 
 /// The engine as a run loads it.
-pub(super) fn engine(
+fn engine(
     subject: &Subject,
     batch: usize,
     config: RunConfig,
@@ -205,7 +205,7 @@ pub(super) fn engine(
 }
 
 /// Runs over the course and says what bounded it.
-pub(super) fn run(engine: &mut Engine, course: &Course, out: &Path) -> Result<String, ExperimentError> {
+fn run(engine: &mut Engine, course: &Course, out: &Path) -> Result<String, ExperimentError> {
     let run = engine.run_slide("slide", &course.plan, out, &Cancel::default(), &mut |_| {})?;
     Ok(bottleneck(&run.stages, run.duration))
 }
