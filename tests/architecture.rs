@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("geometry", &[]),
     ("native", &[]),
-    ("measure", &[]),
     ("onnx", &[]),
     ("pipeline", &[]),
+    ("measure", &[]),
     ("report", &["measure"]),
     ("tiff", &[]),
     ("inference", &["geometry", "native", "onnx"]),
@@ -40,6 +40,8 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("prost", &["onnx"]),
     ("rust_hdf5", &["output"]),
     ("libloading", &["native"]),
+    ("safetensors", &["onnx"]),
+    ("rand", &["experiment"]),
 ];
 
 fn sources(of: &Path) -> Vec<PathBuf> {

@@ -8,6 +8,7 @@ use slidestream::experiment::optimize::{self, OptimizeRequest, Precision, Target
 use slidestream::experiment::tiles::{self, TileSet};
 use slidestream::inference::{ModelCard, device};
 use slidestream::native;
+use slidestream::output;
 use slidestream::report::{self, OPTIMIZE_SCHEMA, OptimizeRecord, SpeedRecord, VariantRecord};
 
 use super::options::BareOptions;
@@ -91,7 +92,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         calibration: request.calibration.as_ref().map(|tiles| tiles.source.clone()),
         variants: made.variants,
     };
-    optimize::write(&request.out.join("optimize.json"), &report::to_json(&record))?;
+    output::write_atomic(&request.out.join("optimize.json"), &report::to_json(&record))?;
     if args.explain {
         show(&explanation(&record.variants));
     }

@@ -58,14 +58,16 @@ struct Maps {
     overview: OverviewBuilder,
 }
 
+/// Name of each class and its share of the classified area.
+type ClassShares = Vec<(String, f64)>;
+
 /// What was written of one slide.
 #[derive(Debug)]
 pub(crate) struct SlideResults {
     pub(crate) outputs: Vec<OutputRecord>,
     pub(crate) inferred: u64,
     pub(crate) failed: Vec<FailedTile>,
-    /// Name and share of the classified area.
-    pub(crate) class_shares: Vec<(String, f64)>,
+    pub(crate) class_shares: ClassShares,
 }
 
 impl Target<'_> {
@@ -230,7 +232,7 @@ impl Maps {
         self,
         target: &Target<'_>,
         picture: Option<&SlidePicture>,
-    ) -> Result<(Vec<Written>, Vec<(String, f64)>), EngineError> {
+    ) -> Result<(Vec<Written>, ClassShares), EngineError> {
         let (overview, cells) = self.overview.finish();
         let writers: Vec<PyramidWriter> = self.probabilities.into_iter().chain(self.classes).collect();
         let regions = || target.emits(Emit::GeoJson).then(|| target.write_regions(&overview)).transpose();
@@ -291,11 +293,11 @@ fn file_name(class: &str) -> String {
 }
 
 /// Each class's share of the classified cells; `no class` where nothing reached the threshold.
-fn shares(names: &[String], cells: &[u64]) -> Vec<(String, f64)> {
+fn shares(names: &[String], cells: &[u64]) -> ClassShares {
     let total = cells.iter().sum::<u64>().max(1) as f64;
     let names = names.iter().cloned().chain(["no class".to_owned()]);
     let shares = names.zip(cells).map(|(name, count)| (name, *count as f64 / total));
-    let all: Vec<(String, f64)> = shares.collect();
+    let all: ClassShares = shares.collect();
     let has_rest = cells.last().is_some_and(|count| *count > 0);
     if has_rest { all } else { all[..all.len() - 1].to_vec() }
 }

@@ -383,7 +383,7 @@ fn cpu() -> CpuInfo {
         macro_rules! detect {
             ($($name:tt),*) => { $(if std::arch::is_x86_feature_detected!($name) { features.push($name); })* };
         }
-        detect!("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16");
+        detect!("avx2", "fma", "f16c", "avxvnni", "avx512f", "avx512vnni", "avx512bf16");
     }
     #[cfg(target_arch = "aarch64")]
     features.push("neon");

@@ -457,7 +457,15 @@ fn save_atomically(
 ) -> Result<(), OnnxError> {
     let save = || {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".onnx-").tempfile_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".onnx-");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // A temporary file is private by default, but this one becomes a model that colleagues run.
+            builder.permissions(std::fs::Permissions::from_mode(0o666));
+        }
+        let mut file = builder.tempfile_in(folder)?;
         write(file.as_file_mut())?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -514,6 +522,14 @@ mod tests {
         let graph = model.proto_mut().graph.as_mut().unwrap();
         graph.input.push(ValueInfoProto { name: Some("w".to_owned()), ..Default::default() });
         assert_eq!(model.inputs().len(), 1);
+    }
+
+    #[test]
+    fn inner_values_can_be_outputs() {
+        let relu = model().proto().graph.as_ref().unwrap().node[0].output[0].clone();
+        let probe = model().with_outputs(&[relu.clone(), "pooled".to_owned(), "image".to_owned(), relu.clone()]);
+        let names: Vec<String> = probe.outputs().into_iter().map(|output| output.name).collect();
+        assert_eq!(names, ["pooled", &relu]);
     }
 
     #[test]

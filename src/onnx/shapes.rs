@@ -12,6 +12,7 @@ use super::{Model, RewriteError, Rewriter, Tensor, Values};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shapes {
     dims: HashMap<String, Vec<usize>>,
+    batch: usize,
 }
 
 impl Shapes {
@@ -40,19 +41,25 @@ impl Shapes {
         Ok((asking.extract(&questions)?, values))
     }
 
-    /// Reads the answer to [`Self::question`].
+    /// Reads the answer to [`Self::question`] for a batch of that size.
     #[must_use]
-    pub fn from_answer(values: Vec<String>, answer: &[Tensor]) -> Self {
+    pub fn from_answer(values: Vec<String>, answer: &[Tensor], batch: usize) -> Self {
         let dims = |tensor: &Tensor| match &tensor.values {
             Values::I64(dims) => dims.iter().map(|dim| usize::try_from(*dim).unwrap_or(0)).collect(),
             _ => Vec::new(),
         };
-        Self { dims: values.into_iter().zip(answer.iter().map(dims)).collect() }
+        Self { dims: values.into_iter().zip(answer.iter().map(dims)).collect(), batch }
     }
 
     /// A value's dimensions; `None` if it is a constant, or came into the graph later.
     #[must_use]
     pub fn of(&self, value: &str) -> Option<&[usize]> {
         self.dims.get(value).map(Vec::as_slice)
+    }
+
+    /// The size of the batch that they hold for.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        self.batch
     }
 }

@@ -4,9 +4,8 @@ use super::trial::Trial;
 use super::{Candidate, Graphs, recipe};
 use crate::experiment::ExperimentError;
 use crate::experiment::optimize::probe::Probe;
-use crate::inference::Provider;
 use crate::onnx::passes::int8::{
-    ActivationRanges, DynamicOptions, RangeCollector, RangeMethod, StaticOptions, observed, quantize_dynamic,
+    ActivationRanges, DynamicOptions, RangeCollector, RangeMethod, Search, StaticOptions, observed, quantize_dynamic,
     quantize_within,
 };
 use crate::onnx::{Model, Rewriter};
@@ -25,13 +24,13 @@ pub(super) fn candidates(
     let tiles = request.calibration.as_ref().ok_or(ExperimentError::NoCalibration)?;
     let probe = Probe { tiles, ..*graphs.probe };
     let mut rewriter = graphs.clean.clone();
-    let passes = recipe::up_convolutions(&mut rewriter)?;
+    let passes = recipe::for_int8(&mut rewriter)?;
     let collected = calibrate(&rewriter, &probe)?;
     let options = StaticOptions { reduce_range: request.reduce_range, ..StaticOptions::default() };
     let gate = 1.0 - request.min_cosine;
     let error = |model: &Model| Ok(1.0 - trial.agreement_of(model)?.mean_cosine());
 
-    let mut best: Option<(crate::onnx::passes::int8::Search, &str)> = None;
+    let mut best: Option<(Search, &str)> = None;
     for (method, name) in METHODS {
         say(&format!("quantising with {name} ranges"));
         let ranges: ActivationRanges = collected.ranges(method);
@@ -51,19 +50,15 @@ pub(super) fn candidates(
     let mut made = Vec::new();
     if let Some((found, name)) = best {
         let note = format!("static INT8 with {name} ranges of {}{}", tiles.source, needs(request.reduce_range));
-        let mut passes = passes;
-        passes.push(found.report);
+        let passes = passes.iter().cloned().chain([found.report]).collect();
         made.push(graphs.candidate("int8", Rewriter::new(found.model)?, passes, &note)?);
     }
     if is_mostly_products(&graphs.clean) {
-        let mut rewriter = graphs.clean.clone();
         let options = DynamicOptions { reduce_range: request.reduce_range, ..DynamicOptions::default() };
         let report = quantize_dynamic(&mut rewriter, &options)?;
         let note = format!("dynamic INT8{}", needs(request.reduce_range));
-        made.push(graphs.candidate("int8", rewriter, vec![report], &note)?);
-    }
-    for candidate in &mut made {
-        candidate.provider = Provider::Cpu;
+        let passes = passes.into_iter().chain([report]).collect();
+        made.push(graphs.candidate("int8", rewriter, passes, &note)?);
     }
     Ok(made)
 }

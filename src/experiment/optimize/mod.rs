@@ -10,7 +10,7 @@ mod trial;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Write as _;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -24,6 +24,7 @@ use crate::onnx::passes::fp16::{Fp16Options, to_fp16};
 use crate::onnx::passes::image_input::{Normalization, take_pixels};
 use crate::onnx::passes::{Outcome, PassReport};
 use crate::onnx::{Model, Rewriter};
+use crate::output::{AtomicFile, write_atomic};
 use crate::report::{NodeRecord, PassRecord, VariantRecord};
 
 /// What variants are made for.
@@ -167,16 +168,25 @@ pub fn optimize(
             }
         };
         let tried = trial.judge(candidates, say)?;
-        // The best that passed; of several with one name only one can enter the card.
-        let best = tried.iter().filter(|verdict| verdict.is_sound).max_by(|a, b| a.speed().total_cmp(&b.speed()));
-        let best = best.map(|verdict| verdict.record.note.clone());
-        for verdict in tried {
-            let is_taken = Some(&verdict.record.note) == best.as_ref();
-            variants.push(enter(&mut made, verdict, is_taken, request)?);
+        let best = best_of(&tried);
+        for (index, verdict) in tried.into_iter().enumerate() {
+            variants.push(enter(&mut made, verdict, Some(index) == best, request)?);
         }
     }
     write_card(&mut made, &request.out)?;
     Ok(Optimized { card: made, variants })
+}
+
+/// Of several candidates with one name only one can enter the card: among those that passed, and are nearly as fast as
+/// the fastest of them, the one that agrees most.
+fn best_of(tried: &[Verdict]) -> Option<usize> {
+    /// Less than what one machine differs from the next.
+    const NEARLY: f64 = 0.95;
+    let sound = || tried.iter().enumerate().filter(|(_, verdict)| verdict.is_sound);
+    let fastest = sound().map(|(_, verdict)| verdict.speed()).fold(0.0, f64::max);
+    let fast = sound().filter(|(_, verdict)| verdict.speed() >= NEARLY * fastest);
+    let agreement = |verdict: &Verdict| verdict.record.agreement.mean_cosine;
+    fast.max_by(|a, b| agreement(a.1).total_cmp(&agreement(b.1))).map(|(index, _)| index)
 }
 
 /// What makes no sense is refused before any work.
@@ -312,16 +322,11 @@ fn place(out: &Path, name: &str, source: &Variant, merged: Option<&Model>) -> Re
 
 /// Copies a file under a temporary name first.
 fn copy(from: &Path, to: &Path) -> Result<(), ExperimentError> {
-    let folder = to.parent().unwrap_or(Path::new("."));
-    let copied = || {
-        std::fs::create_dir_all(folder)?;
-        let file = tempfile::Builder::new().prefix(".copy-").tempfile_in(folder)?;
-        std::fs::copy(from, file.path())?;
-        file.as_file().sync_all()?;
-        file.persist(to)?;
-        Ok(())
-    };
-    copied().map_err(|source| file_error(to, "written", source))
+    let mut source = File::open(from).map_err(|source| file_error(from, "read", source))?;
+    let mut file = AtomicFile::create(to)?;
+    std::io::copy(&mut source, &mut file).map_err(|source| file_error(to, "written", source))?;
+    file.commit()?;
+    Ok(())
 }
 
 /// Gives the chosen candidate its file and its place in the card; the others leave only their record.
@@ -334,7 +339,7 @@ fn enter(
     let Verdict { mut record, model, variant, .. } = verdict;
     if !is_taken {
         if record.is_recommended {
-            record.note.push_str("; another candidate was faster");
+            record.note.push_str("; another candidate is better");
             record.is_recommended = false;
         }
         return Ok(record);
@@ -355,23 +360,8 @@ fn enter(
 fn write_card(card: &mut ModelCard, out: &Path) -> Result<(), ExperimentError> {
     card.path = out.join("card.toml");
     let text = card.to_toml()?;
-    write(&card.path, text.as_bytes())
-}
-
-/// Writes a file under a temporary name first.
-///
-/// # Errors
-/// [`ExperimentError::File`] with the system's reason.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<(), ExperimentError> {
-    let write = || {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".write-").tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|source| file_error(path, "written", source))
+    write_atomic(&card.path, text.as_bytes())?;
+    Ok(())
 }
 
 pub(super) fn file_error(path: &Path, doing: &'static str, source: std::io::Error) -> ExperimentError {

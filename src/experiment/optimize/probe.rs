@@ -38,11 +38,12 @@ impl Probe<'_> {
         }
     }
 
-    /// The dimensions of all values for two tiles.
+    /// The dimensions of all values for two tiles, or as many as the model takes.
     pub(super) fn shapes(&self, rewriter: &Rewriter) -> Result<Shapes, ExperimentError> {
         let (question, values) = Shapes::question(rewriter)?;
-        let answer = self.evaluate(&question, Case::Batch(2))?.unwrap_or_default();
-        Ok(Shapes::from_answer(values, &answer))
+        let batch = self.contract.fixed_batch.unwrap_or(2);
+        let answer = self.evaluate(&question, Case::Batch(batch))?.unwrap_or_default();
+        Ok(Shapes::from_answer(values, &answer, batch))
     }
 
     /// Runs `model` tile by tile and hands out its outputs.

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use super::EvaluateError;
+use super::freeze::Case;
 use crate::inference::evaluate;
-use crate::onnx::{Model, Tensor};
+use crate::onnx::{Dim, Model, Rewriter, Shapes, Tensor};
 
 /// A file of `tests/fixtures/onnx`, which `make.py` there made.
 pub(crate) fn path(name: &str) -> PathBuf {
@@ -38,4 +40,34 @@ pub(crate) fn relative(expected: &[f32], found: &[f32]) -> f32 {
     assert!(found.iter().all(|value| value.is_finite()));
     let scale = expected.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     expected.iter().zip(found).fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs())) / scale
+}
+
+/// Runs a model with at most one input, an image, on noise; symbolic sides are 8, or 12 for the other side.
+pub(crate) fn evaluate_images(model: &Model, case: Case) -> Result<Option<Vec<Tensor>>, EvaluateError> {
+    let (batch, side) = match case {
+        Case::Batch(batch) => (batch, 8),
+        Case::OtherSide => (1, 12),
+    };
+    let inputs = model.inputs();
+    let is_open = |index: usize| !inputs.is_empty() && inputs[0].dims.as_ref().unwrap()[index].fixed().is_none();
+    if case == Case::OtherSide && !(is_open(2) || is_open(3)) {
+        return Ok(None);
+    }
+    let inputs: Vec<(&str, Tensor)> = inputs
+        .iter()
+        .map(|input| {
+            let dims = input.dims.as_ref().unwrap().iter().enumerate();
+            let size = |(index, dim): (usize, &Dim)| dim.fixed().unwrap_or(if index == 0 { batch } else { side });
+            let dims: Vec<usize> = dims.map(size).collect();
+            (input.name.as_str(), noise(&dims))
+        })
+        .collect();
+    evaluate(model, &inputs).map(Some).map_err(|error| EvaluateError::Run(Box::new(error)))
+}
+
+/// The dimensions of all values for two images.
+pub(crate) fn shapes_of(rewriter: &Rewriter) -> Shapes {
+    let (question, values) = Shapes::question(rewriter).unwrap();
+    let answer = evaluate_images(&question, Case::Batch(2)).unwrap().unwrap();
+    Shapes::from_answer(values, &answer, 2)
 }

@@ -22,15 +22,14 @@ pub enum Case {
     OtherSide,
 }
 
-/// Folds what is the same for all inputs. `evaluate` runs a model on random images and returns its outputs; `None` if
-/// the case does not exist for it.
+/// Runs a model on images and returns its outputs; `None` if the case does not exist for it.
+pub type Evaluate<'a> = dyn FnMut(&Model, Case) -> Result<Option<Vec<Tensor>>, EvaluateError> + 'a;
+
+/// Folds what is the same for all inputs.
 ///
 /// # Errors
 /// [`EvaluateError`] if the model does not run.
-pub fn freeze(
-    rewriter: &mut Rewriter,
-    evaluate: &mut dyn FnMut(&Model, Case) -> Result<Option<Vec<Tensor>>, EvaluateError>,
-) -> Result<PassReport, EvaluateError> {
+pub fn freeze(rewriter: &mut Rewriter, evaluate: &mut Evaluate<'_>) -> Result<PassReport, EvaluateError> {
     let mut report = PassReport::new("freeze");
     let candidates = candidates(rewriter)?;
     if candidates.is_empty() {
@@ -45,7 +44,7 @@ pub fn freeze(
     let Some((first, others)) = cases.split_first() else { return Ok(report) };
     let (question, asked) = Shapes::question(rewriter)?;
     let answer = evaluate(&question, Case::Batch(2))?.unwrap_or_default();
-    let shapes = Shapes::from_answer(asked, &answer);
+    let shapes = Shapes::from_answer(asked, &answer, 2);
     for (index, (id, value)) in candidates.into_iter().enumerate() {
         let others: Vec<&Tensor> = others.iter().map(|outputs| &outputs[index]).collect();
         let (frozen, what) = match verdict(rewriter, &shapes, &value, &first[index], &others) {
@@ -174,7 +173,7 @@ mod tests {
     use super::*;
     use crate::onnx::ElementType;
     use crate::onnx::build::{Graph, ints};
-    use crate::onnx::passes::tests::evaluate_images;
+    use crate::onnx::passes::fixtures::evaluate_images;
 
     /// `[n, 3, 4, 4]` → Shape → batch, glued to `[8, 6]` → Reshape; and a constant times a constant.
     fn model() -> Model {

@@ -5,6 +5,7 @@
 //! what they gave as [`ActivationRanges`].
 
 mod affine;
+mod channels_last;
 mod dynamic;
 mod plan;
 mod product;

@@ -98,9 +98,8 @@ impl Plan {
         let takes_floats = role == Role::Weighted && !rewriter.is(id, "Conv");
         let all_read_bytes = || {
             let readers = rewriter.consumers(&value);
-            let mut carriers = readers.iter().filter_map(|reader| Some((*reader, self.role(*reader)?)));
-            let count = carriers.by_ref().count();
-            count > 0 && count == readers.len() && !rewriter.is_pinned(&value)
+            let take_bytes = readers.iter().all(|reader| self.nodes.contains_key(reader));
+            take_bytes && !readers.is_empty() && !rewriter.is_pinned(&value)
         };
         (!takes_floats || all_read_bytes()).then_some(value)
     }
@@ -126,15 +125,16 @@ impl Plan {
         value.to_owned()
     }
 
-    /// The bytes of a value.
+    /// The value from whose range a value's scale is taken, and what its bytes mean.
     pub(super) fn affine(
         &self,
         rewriter: &Rewriter,
         ranges: &ActivationRanges,
         value: &str,
-    ) -> Result<Affine, RangeError> {
+    ) -> Result<(String, Affine), RangeError> {
         let root = self.root(rewriter, value);
-        Affine::covering(ranges.get(&root)?, &root)
+        let affine = Affine::covering(ranges.get(&root)?, &root)?;
+        Ok((root, affine))
     }
 
     /// Takes out nodes between that would turn floats to bytes, or bytes to floats, for themselves alone.

@@ -1,15 +1,15 @@
 //! Static INT8: writes a model whose activations are bytes with scales known beforehand.
 //!
-//! Between `DequantizeLinear` and `QuantizeLinear`, ONNX Runtime runs products, sums and pools on bytes; what only moves
-//! values is put on the bytes themselves here.
+//! Between `DequantizeLinear` and `QuantizeLinear`, ONNX Runtime runs products, sums and pools on bytes; what only
+//! moves values is put on the bytes themselves here.
 
 use std::collections::{BTreeSet, HashMap};
 
 use super::ActivationRanges;
 use super::affine::{Affine, ByteWeights, Magnitude, quantize_bias, quantize_weights};
+use super::channels_last::enlarge;
 use super::plan::{Plan, Role, inputs};
 use super::product::{Bytes, multiply};
-use crate::onnx::build::ints;
 use crate::onnx::passes::PassReport;
 use crate::onnx::{NodeId, RewriteError, Rewriter, Tensor, Values};
 
@@ -62,15 +62,24 @@ pub fn quantize_static(
     let mut affines = HashMap::new();
     for (id, _) in plan.nodes() {
         for value in inputs(rewriter, id).into_iter().chain(plan.output(rewriter, id)) {
-            let root = plan.root(rewriter, &value);
             if let Ok(affine) = plan.affine(rewriter, ranges, &value) {
-                affines.insert(value, (root, affine));
+                affines.insert(value, affine);
             }
         }
     }
     let outputs: HashMap<NodeId, (String, Option<NodeId>)> = plan
         .nodes()
         .filter_map(|(id, _)| Some((id, (plan.output(rewriter, id)?, plan.rectifier(rewriter, id)))))
+        .collect();
+    // Ranges may come from elsewhere than from behind the rectifier.
+    let cuts = |value: &str, rectifier: NodeId| {
+        let affine = affines.get(value).map(|(_, affine): &(String, Affine)| *affine);
+        let bound = rewriter.scalar(rewriter.input(rectifier, 2)).unwrap_or(f32::INFINITY);
+        affine.is_some_and(|affine| affine.zero_point == 0 && affine.scale * 254.5 <= bound)
+    };
+    let kept: BTreeSet<NodeId> = outputs
+        .values()
+        .filter_map(|(value, rectifier)| rectifier.filter(|rectifier| !cuts(value, *rectifier)))
         .collect();
     let magnitude = Magnitude::of(options.reduce_range);
     let mut writer = Writer { rewriter, affines, magnitude, scales: HashMap::new(), lanes: HashMap::new() };
@@ -104,7 +113,10 @@ pub fn quantize_static(
             }
         }
         if let Some((value, rectifier)) = output {
-            writer.give(id, value, *rectifier);
+            match rectifier.filter(|rectifier| kept.contains(rectifier)) {
+                Some(rectifier) => writer.give(rectifier, value, None),
+                None => writer.give(id, value, *rectifier),
+            }
         }
     }
     Ok(report)
@@ -198,47 +210,15 @@ impl Writer<'_> {
         let (from, value) = (self.rewriter.input(id, 0).to_owned(), self.rewriter.output(id, 0).to_owned());
         let from = self.lane(&from).bytes;
         let bytes = self.rewriter.fresh(&format!("{value}/bytes"));
-        let block = self.rewriter.int(id, "blocksize").unwrap_or(0);
-        let depth_first = self.rewriter.text(id, "mode").is_none_or(|mode| mode == "DCR");
-        // `Shape` gives a part of a shape since version 15.
-        if self.rewriter.is(id, "DepthToSpace") && depth_first && self.rewriter.opset() >= 15 {
-            self.rewriter.remove(id);
-            self.depth_to_space(&from, block, &bytes);
-        } else if let Some(mut node) = self.rewriter.remove(id) {
+        if !enlarge(self.rewriter, id, &from, &bytes)
+            && let Some(mut node) = self.rewriter.remove(id)
+        {
             node.input[0] = from;
             node.output[0].clone_from(&bytes);
             self.rewriter.insert(node);
         }
         self.dequantize(&bytes, &value, &value);
         self.lanes.insert(value.clone(), Lane { bytes, floats: value });
-    }
-
-    /// `DepthToSpace` with channels last, as INT8 convolutions have them: runs of `block · channels` bytes move as one.
-    /// Against ONNX Runtime's kernel and the transpositions around it, that made a UNet of base 32 1.25 times faster.
-    fn depth_to_space(&mut self, from: &str, block: i64, to: &str) {
-        let mut step = |name: &str| self.rewriter.fresh(&format!("{to}/{name}"));
-        let [last, split, moved, merged] = ["last", "split", "moved", "merged"].map(&mut step);
-        let [size, grown, wide] = ["size", "grown", "wide"].map(&mut step);
-        let mut constant =
-            |name: &str, values: &[i64]| self.rewriter.add_constant(&format!("{to}/{name}"), &Tensor::indices(values));
-        // [n, h, w, block, block · c], and [n, block · h, block · w, c] around the size.
-        let rows = constant("rows", &[0, 0, 0, block, -1]);
-        let factors = constant("factors", &[block, block]);
-        let [batch, channels] = [constant("batch", &[0]), constant("channels", &[-1])];
-        let permute = |writer: &mut Self, from: &str, to: &str, order: &[i64]| {
-            let id = writer.node("Transpose", &[from], to);
-            writer.rewriter.set_attribute(id, "perm", ints(order));
-        };
-        permute(self, from, &last, &[0, 2, 3, 1]);
-        self.node("Reshape", &[&last, &rows], &split);
-        permute(self, &split, &moved, &[0, 1, 3, 2, 4]);
-        let id = self.node("Shape", &[from], &size);
-        self.rewriter.set_attribute(id, "start", 2);
-        self.node("Mul", &[&size, &factors], &grown);
-        let id = self.node("Concat", &[&batch, &grown, &channels], &wide);
-        self.rewriter.set_attribute(id, "axis", 0);
-        self.node("Reshape", &[&moved, &wide], &merged);
-        permute(self, &merged, to, &[0, 3, 1, 2]);
     }
 
     /// Gives a node bytes for its activation, weights and bias; `gives_bytes` says what becomes of its result.
@@ -320,4 +300,267 @@ fn with_channels(weights: &Tensor, count: usize) -> Tensor {
     let floats = weights.to_f32().unwrap_or_default();
     let rows = floats.chunks(own.max(1)).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, added)));
     Tensor::f32(&dims, rows.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Range, RangeCollector, RangeMethod};
+    use super::*;
+    use crate::inference::evaluate;
+    use crate::onnx::build::{Attribute, Graph, ints};
+    use crate::onnx::passes::fixtures::{difference, model as fixture, noise};
+    use crate::onnx::{ElementType, Model};
+
+    /// What `observed` values took on in two runs.
+    fn measured(model: &Model, dims: &[usize]) -> ActivationRanges {
+        let values = observed(&Rewriter::new(model.clone()).unwrap());
+        let probe = model.with_outputs(&values);
+        let input = model.inputs().swap_remove(0).name;
+        let mut collector = RangeCollector::default();
+        let x = noise(dims);
+        collector.observe(&input, &x);
+        for (output, tensor) in probe.outputs().iter().zip(evaluate(&probe, &[(&input, x.clone())]).unwrap()) {
+            collector.observe(&output.name, &tensor);
+        }
+        collector.ranges(RangeMethod::MinMax)
+    }
+
+    fn quantized(model: &Model, ranges: &ActivationRanges, options: &StaticOptions) -> (Model, PassReport) {
+        let mut rewriter = Rewriter::new(model.clone()).unwrap();
+        let report = quantize_static(&mut rewriter, ranges, options).unwrap();
+        (rewriter.finish().unwrap(), report)
+    }
+
+    fn reasons(report: &PassReport) -> String {
+        report.findings.iter().map(|finding| format!("{finding}\n")).collect()
+    }
+
+    fn weights(graph: &mut Graph, name: &str, dims: &[usize]) -> String {
+        let sizes: Vec<i64> = dims.iter().map(|dim| i64::try_from(*dim).unwrap()).collect();
+        graph.weights(name, &sizes, &noise(dims).to_f32().unwrap())
+    }
+
+    fn image(graph: &mut Graph, channels: usize) -> String {
+        graph.input("x", ElementType::F32, &["n".into(), channels.into(), "h".into(), "w".into()])
+    }
+
+    fn finish(mut graph: Graph, value: &str) -> Model {
+        graph.output("y", value, ElementType::F32, &["n".into(), "c".into(), "h".into(), "w".into()]);
+        graph.finish()
+    }
+
+    /// One convolution of 3×3 with a bias, and what comes behind it.
+    fn convolution(groups: usize, rectifier: Option<&str>) -> Model {
+        let mut graph = Graph::new("convolution");
+        let x = image(&mut graph, 6);
+        let (w, b) = (weights(&mut graph, "w", &[6, 6 / groups, 3, 3]), weights(&mut graph, "b", &[6]));
+        let group = Attribute::from(i64::try_from(groups).unwrap());
+        let conv = graph.node("Conv", &[&x, &w, &b], &[("pads", ints(&[1, 1, 1, 1])), ("group", group)]);
+        let bounds = [0.0, 6.0].map(|bound: f32| graph.weights(&format!("bound{bound}"), &[], &[bound]));
+        let y = match rectifier {
+            Some("Clip") => graph.node("Clip", &[&conv, &bounds[0], &bounds[1]], &[]),
+            Some(op) => graph.node(op, &[&conv], &[]),
+            None => conv,
+        };
+        finish(graph, &y)
+    }
+
+    /// A small UNet's parts: rectified convolutions, a pool, an enlargement, a concat, a sum.
+    fn net() -> Model {
+        let mut graph = Graph::new("net");
+        let x = image(&mut graph, 3);
+        let pads = || [("pads", ints(&[1, 1, 1, 1]))];
+        let (w0, b0) = (weights(&mut graph, "w0", &[8, 3, 3, 3]), weights(&mut graph, "b0", &[8]));
+        let (w1, w2) = (weights(&mut graph, "w1", &[16, 8, 1, 1]), weights(&mut graph, "w2", &[4, 12, 3, 3]));
+        let w3 = weights(&mut graph, "w3", &[4, 4, 3, 3]);
+        let conv = graph.node("Conv", &[&x, &w0, &b0], &pads());
+        let skip = graph.node("Relu", &[&conv], &[]);
+        let pool = graph.node("MaxPool", &[&skip], &[("kernel_shape", ints(&[2, 2])), ("strides", ints(&[2, 2]))]);
+        let wide = graph.node("Conv", &[&pool, &w1], &[]);
+        let up = graph.node("DepthToSpace", &[&wide], &[("blocksize", 2.into())]);
+        let both = graph.node("Concat", &[&skip, &up], &[("axis", 1.into())]);
+        let first = graph.node("Conv", &[&both, &w2], &pads());
+        let second = graph.node("Conv", &[&first, &w3], &pads());
+        let sum = graph.node("Add", &[&first, &second], &[]);
+        let relu = graph.node("Relu", &[&sum], &[]);
+        let last = graph.node("Conv", &[&relu, &w3], &pads());
+        finish(graph, &last)
+    }
+
+    #[test]
+    fn an_error_is_bounded_by_the_scales() {
+        for (groups, rectifier) in [(1, None), (1, Some("Relu")), (2, Some("Clip")), (6, Some("Relu"))] {
+            for reduce_range in [false, true] {
+                let model = convolution(groups, rectifier);
+                let ranges = measured(&model, &[2, 6, 5, 7]);
+                let options = StaticOptions { reduce_range, ..Default::default() };
+                let (after, report) = quantized(&model, &ranges, &options);
+                assert_eq!(report.applied(), 1, "{}", reasons(&report));
+                let x = noise(&[2, 6, 5, 7]);
+                let [expected, found] =
+                    [&model, &after].map(|model| evaluate(model, &[("x", x.clone())]).unwrap().swap_remove(0));
+                let (expected, found) = (expected.to_f32().unwrap(), found.to_f32().unwrap());
+                let width = |values: &[f32]| {
+                    let (min, max) = values.iter().fold((0.0_f32, 0.0_f32), |(a, b), v| (a.min(*v), b.max(*v)));
+                    (max - min) / 255.0
+                };
+                // Half a step of rounding, and half of it where the zero point was rounded.
+                let (x_error, y_error) = (width(&x.to_f32().unwrap()), width(&expected));
+                let w_error = 2.0 / if reduce_range { 64.0 } else { 127.0 } / 2.0;
+                let products = (6 / groups * 9) as f32;
+                let bound = products * (2.0 * x_error + 2.0 * w_error + x_error * w_error) + y_error + 1e-3;
+                for (a, b) in expected.iter().zip(&found) {
+                    assert!((a - b).abs() <= bound, "{groups} {rectifier:?}: {a} {b}, bound {bound}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_flow_through_a_whole_net() {
+        let model = net();
+        let ranges = measured(&model, &[2, 3, 8, 12]);
+        let (after, report) = quantized(&model, &ranges, &StaticOptions::default());
+        assert_eq!(report.applied(), 9, "{}", reasons(&report));
+        let counts = after.op_counts();
+        // One from floats to bytes each for input, five convolutions, concat and sum; rectifiers are no nodes any more.
+        assert_eq!((counts["QuantizeLinear"], counts.get("Relu"), counts.get("DepthToSpace")), (8, None, None));
+        assert_eq!((after.inputs(), after.outputs()), (model.inputs(), model.outputs()));
+        // 0.03: some dozens of steps of a 255th, as independent errors add.
+        for dims in [[2, 3, 8, 12], [1, 3, 8, 12]] {
+            let error = difference(&model, &after, &[("x", noise(&dims))]);
+            assert!(error < 0.03, "{dims:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_first_layer_gets_a_fourth_channel() {
+        let (after, _) = quantized(&net(), &measured(&net(), &[1, 3, 8, 8]), &StaticOptions::default());
+        let graph = after.proto().graph.as_ref().unwrap();
+        assert_eq!(after.op_counts()["Pad"], 1);
+        assert!(graph.initializer.iter().any(|tensor| tensor.dims == [8, 4, 3, 3]));
+    }
+
+    #[test]
+    fn a_second_run_changes_nothing() {
+        let ranges = measured(&net(), &[1, 3, 8, 8]);
+        let (once, _) = quantized(&net(), &ranges, &StaticOptions::default());
+        let (twice, report) = quantized(&once, &ranges, &StaticOptions::default());
+        assert_eq!((twice, report.applied()), (once, 0));
+        assert!(reasons(&report).contains("is INT8 already"));
+        assert!(observed(&Rewriter::new(quantized(&net(), &ranges, &StaticOptions::default()).0).unwrap()).is_empty());
+    }
+
+    #[test]
+    fn nodes_can_be_left_in_float() {
+        let model = net();
+        let ranges = measured(&model, &[1, 3, 8, 8]);
+        let labels: Vec<String> = {
+            let rewriter = Rewriter::new(model.clone()).unwrap();
+            rewriter.ids_of("Conv").iter().map(|id| rewriter.label(*id)).collect()
+        };
+        for label in &labels {
+            let options = StaticOptions { exclude: [label.clone()].into(), ..Default::default() };
+            let (after, report) = quantized(&model, &ranges, &options);
+            assert!(reasons(&report).contains(&format!("Conv {label}: kept, left in float on request")));
+            assert!(difference(&model, &after, &[("x", noise(&[1, 3, 8, 8]))]) < 0.03, "{label}");
+        }
+        let options = StaticOptions { exclude: labels.into_iter().collect(), ..Default::default() };
+        let (after, report) = quantized(&model, &ranges, &options);
+        assert_eq!((report.applied(), after.op_counts()), (0, model.op_counts()));
+    }
+
+    #[test]
+    fn values_without_a_range_stay_in_float() {
+        let model = convolution(1, None);
+        let rewriter = Rewriter::new(model.clone()).unwrap();
+        let y = rewriter.output(rewriter.ids_of("Conv")[0], 0).to_owned();
+        let range = |min, max| Range { min, max };
+        for (bad, reason) in [
+            (range(f32::NAN, 1.0), "held NaN or infinity on a calibration tile"),
+            (range(0.0, f32::INFINITY), "held NaN or infinity on a calibration tile"),
+            (range(0.0, 0.0), "was zero on every calibration tile"),
+        ] {
+            for value in ["x", &y] {
+                let mut ranges = ActivationRanges::default();
+                ranges.insert("x", range(-1.0, 1.0));
+                ranges.insert(&y, range(-1.0, 1.0));
+                ranges.insert(value, bad);
+                let (after, report) = quantized(&model, &ranges, &StaticOptions::default());
+                assert!(reasons(&report).contains(&format!("{value:?} {reason}")), "{}", reasons(&report));
+                assert_eq!(after.op_counts(), model.op_counts());
+            }
+        }
+        let (_, report) = quantized(&model, &ActivationRanges::default(), &StaticOptions::default());
+        assert!(reasons(&report).contains("was not measured"));
+    }
+
+    #[test]
+    fn a_rectifier_stays_where_bytes_do_not_cut_what_it_cuts() {
+        let model = convolution(1, Some("Clip"));
+        let mut ranges = measured(&model, &[1, 6, 5, 5]);
+        let clipped = {
+            let rewriter = Rewriter::new(model.clone()).unwrap();
+            rewriter.output(rewriter.ids_of("Clip")[0], 0).to_owned()
+        };
+        let (after, _) = quantized(&model, &ranges, &StaticOptions::default());
+        assert!(!after.op_counts().contains_key("Clip"));
+        for (min, max) in [(-1.0, 6.0), (0.0, 9.0)] {
+            ranges.insert(&clipped, Range { min, max });
+            let (after, _) = quantized(&model, &ranges, &StaticOptions::default());
+            assert_eq!(after.op_counts()["Clip"], 1);
+            assert!(difference(&model, &after, &[("x", noise(&[1, 6, 5, 5]))]) < 0.05);
+        }
+    }
+
+    #[test]
+    fn products_give_floats_to_floats_and_bytes_to_bytes() {
+        let mut graph = Graph::new("perceptron");
+        let x = graph.input("x", ElementType::F32, &["n".into(), 128.into()]);
+        let (w, b) = (weights(&mut graph, "w", &[128, 160]), weights(&mut graph, "b", &[160]));
+        let (v, c) = (weights(&mut graph, "v", &[128, 160]), weights(&mut graph, "c", &[1, 128]));
+        let hidden = graph.node("Gemm", &[&x, &w, &b], &[]);
+        let relu = graph.node("Relu", &[&hidden], &[]);
+        let result = graph.node("Gemm", &[&relu, &v, &c], &[("transB", 1.into())]);
+        graph.output("y", &result, ElementType::F32, &["n".into(), 128.into()]);
+        let model = graph.finish();
+        let (after, report) = quantized(&model, &measured(&model, &[3, 128]), &StaticOptions::default());
+        assert_eq!(report.applied(), 2, "{}", reasons(&report));
+        let counts = after.op_counts();
+        assert_eq!((counts["Gemm"], counts["com.microsoft.MatMulIntegerToFloat"]), (1, 1));
+        assert!(difference(&model, &after, &[("x", noise(&[3, 128]))]) < 0.05);
+    }
+
+    #[test]
+    fn what_would_not_gain_or_would_lose_stays() {
+        let mut graph = Graph::new("stays");
+        let x = graph.input("x", ElementType::F32, &["n".into(), 4.into(), 4.into()]);
+        let small = weights(&mut graph, "small", &[4, 4]);
+        let cube = weights(&mut graph, "cube", &[1, 4, 4]);
+        let a = graph.node("MatMul", &[&x, &small], &[]);
+        let b = graph.node("MatMul", &[&a, &x], &[]);
+        let c = graph.node("MatMul", &[&small, &b], &[]);
+        let d = graph.node("MatMul", &[&c, &cube], &[]);
+        graph.output("y", &d, ElementType::F32, &["n".into(), 4.into(), 4.into()]);
+        let model = graph.finish();
+        let (after, report) = quantized(&model, &ActivationRanges::default(), &StaticOptions::default());
+        for reason in ["has 16 weights, too few", "two activations", "first input is the constant", "have 3 dimensions"]
+        {
+            assert!(reasons(&report).contains(reason), "{reason}: {}", reasons(&report));
+        }
+        assert_eq!((report.applied(), after.op_counts()), (0, model.op_counts()));
+    }
+
+    #[test]
+    fn exported_models_load_and_compute_nearly_the_same() {
+        for name in ["unet.onnx", "timm_unfused.onnx", "hf_dinov2_eager.onnx", "torchvision_vit.onnx"] {
+            let model = fixture(name);
+            let input = model.inputs().swap_remove(0);
+            let dims: Vec<usize> = input.dims.unwrap().iter().map(|dim| dim.fixed().unwrap_or(2)).collect();
+            let (after, report) = quantized(&model, &measured(&model, &dims), &StaticOptions::default());
+            assert!(report.applied() > 0, "{name}");
+            let error = difference(&model, &after, &[(&input.name, noise(&dims))]);
+            assert!(error < 0.05, "{name}: {error}");
+        }
+    }
 }

@@ -34,14 +34,6 @@ pub struct Range {
     pub max: f32,
 }
 
-impl Range {
-    /// The range that holds both.
-    #[must_use]
-    pub fn union(self, other: Self) -> Self {
-        Self { min: self.min.min(other.min), max: self.max.max(other.max) }
-    }
-}
-
 /// A value whose range can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -125,7 +117,7 @@ impl RangeCollector {
     }
 }
 
-/// Counts of values over `[-limit, limit)`; the limit doubles when a value lies outside, and pairs of bins merge.
+/// Counts of values but zero over `[-limit, limit)`; when one lies outside, the limit doubles and bins merge in pairs.
 #[derive(Clone, Debug)]
 struct Histogram {
     bins: Vec<u64>,
@@ -158,7 +150,8 @@ impl Histogram {
         }
         self.grow(peak);
         let per_unit = f64::from(u16::try_from(BINS / 2).unwrap_or(u16::MAX)) / f64::from(self.limit);
-        for value in values {
+        // Zero is always kept exactly, and rectifiers give it in masses: it would hide what happens to the others.
+        for value in values.iter().filter(|value| **value != 0.0) {
             let value = f64::from(*value);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "within the bins after grow")]
             let bin = ((value + f64::from(self.limit)) * per_unit) as usize;
@@ -249,7 +242,8 @@ impl Histogram {
         }
         let below: u64 = self.bins[..first].iter().sum();
         let above: u64 = self.bins[last + 1..].iter().sum();
-        let (all, inside) = (self.count as f64, held.iter().sum::<f64>().max(1.0));
+        let inside = held.iter().sum::<f64>().max(1.0);
+        let all = inside + (below + above) as f64;
         let mut divergence = 0.0;
         for bin in first..=last {
             // What was clipped is counted at the ends of the values, not of the bytes: that is the price of clipping.
@@ -278,7 +272,6 @@ impl Histogram {
             let clipped = (low - value).max(value - high).max(0.0) - self.width() / 2.0;
             if clipped > 0.0 { clipped * clipped } else { step * step / 12.0 }
         };
-        // Exact zeros, which rectifiers give in masses, are kept exactly, but share a bin with small values.
         let total: f64 = self.bins.iter().enumerate().map(|(bin, count)| *count as f64 * lost(bin)).sum();
         if self.square > 0.0 { total / self.square } else { 0.0 }
     }
@@ -315,7 +308,7 @@ mod tests {
             histogram.extend(&[2.0_f32.powi(power), -(2.0_f32.powi(power))]);
         }
         histogram.extend(&[0.0, f32::MAX, f32::MIN]);
-        assert_eq!((histogram.bins.iter().sum::<u64>(), histogram.bins.len()), (123, BINS));
+        assert_eq!((histogram.bins.iter().sum::<u64>(), histogram.count, histogram.bins.len()), (122, 123, BINS));
         assert_eq!(histogram.range(RangeMethod::Percentile(1.0)), Range { min: f32::MIN, max: f32::MAX });
     }
 
@@ -339,6 +332,9 @@ mod tests {
         let even: Vec<f32> = (0..4096_u16).map(|i| f32::from(i) / 4095.0).collect();
         let kept = collected(&[&even]).ranges(RangeMethod::Entropy).get("x").unwrap();
         assert!(kept.max > 0.95 && kept.min == 0.0, "{kept:?}");
+        let mut rectified = vec![0.0; 100_000];
+        rectified.extend(&even);
+        assert_eq!(collected(&[&rectified]).ranges(RangeMethod::Entropy).get("x").unwrap(), kept);
     }
 
     #[test]

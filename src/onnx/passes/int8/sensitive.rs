@@ -1,4 +1,4 @@
-//! Which nodes to leave in float: ranks them by what bytes lose there, and leaves the worst until a model is good enough.
+//! Which nodes to leave in float: ranks them by what bytes lose there, and leaves the worst until the error is small.
 
 use super::affine::{Magnitude, quantize_weights};
 use super::plan::{Plan, inputs};
@@ -130,4 +130,83 @@ pub fn quantize_within<E: std::error::Error + 'static>(
         }
     }
     Ok(Search { measured, ..best.1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{RangeCollector, RangeMethod};
+    use super::*;
+    use crate::onnx::build::Graph;
+    use crate::onnx::{ElementType, Tensor};
+
+    /// Three convolutions in a row; the middle one's weights differ so much that bytes hold few of them.
+    fn uneven() -> (Rewriter, ActivationRanges) {
+        let mut graph = Graph::new("uneven");
+        let mut value = graph.input("x", ElementType::F32, &["n".into(), 4.into(), 1.into(), 1.into()]);
+        let mut collector = RangeCollector::default();
+        let even: Vec<f32> = (0..=255_u8).map(|step| f32::from(step) / 255.0).collect();
+        for number in 0..3 {
+            let weights: Vec<f32> =
+                (0..16_u8).map(|i| if number == 1 && i % 4 == 0 { 200.0 } else { f32::from(i) / 16.0 }).collect();
+            let w = graph.weights(&format!("w{number}"), &[4, 4, 1, 1], &weights);
+            collector.observe(&value, &Tensor::f32(&[256], even.clone()));
+            value = graph.node("Conv", &[&value, &w], &[]);
+        }
+        collector.observe(&value, &Tensor::f32(&[256], even));
+        graph.output("y", &value, ElementType::F32, &["n".into(), 4.into(), 1.into(), 1.into()]);
+        (Rewriter::new(graph.finish()).unwrap(), collector.ranges(RangeMethod::MinMax))
+    }
+
+    /// Counts the INT8 convolutions of a model, each an error of 1.
+    fn count(model: &Model) -> Result<f64, std::io::Error> {
+        let graph = model.proto().graph.as_ref().unwrap();
+        let int8 = graph
+            .initializer
+            .iter()
+            .filter(|tensor| tensor.name().starts_with('w') && tensor.name().ends_with("/bytes"));
+        Ok(int8.count() as f64)
+    }
+
+    #[test]
+    fn outliers_among_activations_make_a_node_worse() {
+        let (rewriter, _) = uneven();
+        let labels: Vec<String> = rewriter.ids_of("Conv").iter().map(|id| rewriter.label(*id)).collect();
+        let middle = rewriter.input(rewriter.ids_of("Conv")[2], 0).to_owned();
+        let mut collector = RangeCollector::default();
+        for value in super::super::observed(&rewriter) {
+            let mut values: Vec<f32> = (0..=255_u8).map(|step| f32::from(step) / 255.0).collect();
+            if value == middle {
+                values = vec![0.01; 4096];
+                values.push(1.0);
+            }
+            collector.observe(&value, &Tensor::f32(&[values.len()], values));
+        }
+        let ranked = sensitivities(&rewriter, &collector.ranges(RangeMethod::MinMax), &StaticOptions::default());
+        let noises: Vec<f64> = ranked.iter().map(|rated| rated.noise).collect();
+        assert!(noises.is_sorted_by(|a, b| a >= b) && noises.len() == 3);
+        // The value lies between the second and the third.
+        assert_eq!(ranked[2].node, labels[0]);
+    }
+
+    #[test]
+    fn as_few_nodes_as_possible_stay_in_float() {
+        let (rewriter, ranges) = uneven();
+        for (gate, int8) in [(3.0, 3), (2.5, 2), (1.0, 1), (0.5, 0)] {
+            let found = quantize_within(&rewriter, &ranges, &StaticOptions::default(), gate, count).unwrap();
+            assert_eq!((found.error, found.report.applied()), (f64::from(int8), usize::try_from(int8).unwrap()));
+            assert!(found.error <= gate && found.measured <= 4);
+        }
+    }
+
+    #[test]
+    fn a_gate_that_floats_miss_is_an_error() {
+        let (rewriter, ranges) = uneven();
+        let options = StaticOptions::default();
+        let nan = |_: &Model| Ok::<f64, std::io::Error>(f64::NAN);
+        let error = quantize_within(&rewriter, &ranges, &options, 0.1, nan).unwrap_err();
+        assert!(matches!(error, SearchError::Gate { .. }), "{error}");
+        let broken = |_: &Model| Err(std::io::Error::other("no tiles"));
+        let error = quantize_within(&rewriter, &ranges, &options, 0.1, broken).unwrap_err();
+        assert!(matches!(error, SearchError::Measure(_)), "{error}");
+    }
 }
