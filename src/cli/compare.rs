@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use slidestream::engine::cohort;
 use slidestream::experiment::compare::{self, Alone, CompareRequest, Findings, Gates, MostFlips};
-use slidestream::experiment::optimize::write;
 use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use slidestream::native;
+use slidestream::output::write_atomic;
 use slidestream::report::compare::{
     COMPARE_SCHEMA, CompareRecord, GateRecord, LadderRow, RateRecord, ResourcesRecord, conclusions, to_csv,
 };
@@ -92,15 +92,10 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let out = args.out.clone().unwrap_or_else(|| beside(&args.model[0]));
     let found = compare::compare(&request, &mut in_own_process, &mut talk)?;
     let record = record(found, started);
-    std::fs::create_dir_all(&out).map_err(|error| Failure {
-        message: format!("{}: {error}", out.display()),
-        hint: Some("choose an `out` that you may write to".to_owned()),
-        code: 1,
-    })?;
     let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
-    write(&out.join("compare.csv"), &table)?;
-    write(&out.join("compare.html"), compare_html(&record).as_bytes())?;
-    write(&out.join("compare.json"), &to_json(&record))?;
+    write_atomic(&out.join("compare.csv"), &table)?;
+    write_atomic(&out.join("compare.html"), compare_html(&record).as_bytes())?;
+    write_atomic(&out.join("compare.json"), &to_json(&record))?;
     show(&summary(&record, &out));
     Ok(if record.gates.iter().all(|gate| gate.passed) { Outcome::Done } else { Outcome::GateFailed })
 }

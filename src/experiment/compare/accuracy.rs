@@ -195,8 +195,8 @@ fn maps(
     Ok(scored)
 }
 
-/// Sums of the probabilities of all tiles that cover a pixel, `[class, row, column]`; of each pixel the greatest is that
-/// of the mean too.
+/// Sums of the probabilities of all tiles that cover a pixel, `[class, row, column]`; the greatest sum of a pixel is its
+/// greatest mean too.
 fn scores_of(
     card: &ModelCard,
     session: &mut OrtSession,

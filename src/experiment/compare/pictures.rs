@@ -9,7 +9,7 @@ use super::subjects::Subject;
 use crate::engine::SlidePicture;
 use crate::experiment::ExperimentError;
 use crate::geometry::Level0Rect;
-use crate::inference::ModelCard;
+use crate::inference::{ModelCard, Task};
 use crate::output::OutputError;
 use crate::report::compare::PictureRecord;
 use crate::stitch::Overview;
@@ -35,6 +35,9 @@ pub(super) fn pictures(
     variant: &Subject,
     course: &Course,
 ) -> Result<Vec<PictureRecord>, ExperimentError> {
+    if original.card.task == Task::Features {
+        return Ok(Vec::new());
+    }
     let map = |subject: &Subject| Ok::<_, ExperimentError>(course.walk(&subject.card, &mut subject.open()?, 1)?.map);
     let (Some(before), Some(after)) = (map(original)?, map(variant)?) else { return Ok(Vec::new()) };
     let slide = SlidePicture::new(&course.plan)?;
@@ -43,8 +46,8 @@ pub(super) fn pictures(
     let colours = colours(&original.card);
     let caption = format!("The most probable classes over the slide: {colours}.");
     let told = format!(
-        "The largest difference of any class's probability, from pale (none) to red ({:.0} points and more); black where \
-         the class is another, {:.2} % of the map.",
+        "The largest difference of any class's probability, from pale (none) to red ({:.0} points and more); black \
+         where the class is another, {:.2} % of the map.",
         100.0 * FULL,
         100.0 * other as f64 / inferred.max(1) as f64
     );
