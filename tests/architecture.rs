@@ -22,7 +22,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("engine", &["geometry", "inference", "native", "output", "pipeline", "report", "slide", "stitch", "tissue"]),
     (
         "experiment",
-        &["engine", "geometry", "inference", "measure", "native", "onnx", "output", "report", "slide", "tissue"],
+        &[
+            "engine", "geometry", "inference", "measure", "native", "onnx", "output", "pipeline", "report", "slide",
+            "stitch", "tissue",
+        ],
     ),
 ];
 

@@ -33,7 +33,7 @@ fn corners(rows: &[Vec<f64>]) -> Vec<(f64, f64)> {
 #[test]
 fn every_subcommand_explains_itself() {
     let place = Workplace::new();
-    place.slidestream(["--help"]).code(0).shows(&["run", "tiles", "inspect", "doctor"]);
+    place.slidestream(["--help"]).code(0).shows(&["run", "tiles", "inspect", "optimize", "compare", "doctor"]);
     place.slidestream(["--version"]).code(0).shows(&["slidestream ", env!("CARGO_PKG_VERSION")]);
     for (command, flag) in
         [("run", "--on-tile-error"), ("tiles", "--profile"), ("inspect", "--json"), ("doctor", "--openslide-library")]

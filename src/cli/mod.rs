@@ -2,6 +2,7 @@
 //!
 //! stdout is for results, stderr for talk. Only this module knows flags, colours and exit codes.
 
+mod compare;
 mod doctor;
 mod inspect;
 mod optimize;
@@ -45,6 +46,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Make faster variants of a model, and prove them
     Optimize(Box<optimize::Args>),
+    /// Hold variants of a model side by side: speed, agreement, accuracy
+    Compare(Box<compare::Args>),
     /// Check that this machine has what it takes
     Doctor(doctor::Args),
 }
@@ -57,6 +60,8 @@ enum Outcome {
     Failed,
     /// Some slides or tiles failed.
     Partly,
+    /// All was done, and something was not as it must be.
+    GateFailed,
     Interrupted,
 }
 
@@ -77,6 +82,7 @@ impl From<Outcome> for ExitCode {
             Outcome::Done => 0,
             Outcome::Failed => 1,
             Outcome::Partly => 3,
+            Outcome::GateFailed => 4,
             Outcome::Interrupted => 130,
         })
     }
@@ -106,7 +112,10 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
         let code = match &error {
             // What names the slides is typed on the command line.
             ExperimentError::Engine(error) if matches!(**error, EngineError::Input(_)) => USAGE,
-            ExperimentError::NoCalibration | ExperimentError::Refused { .. } => USAGE,
+            ExperimentError::NoCalibration
+            | ExperimentError::Refused { .. }
+            | ExperimentError::Incomparable { .. }
+            | ExperimentError::Labels { .. } => USAGE,
             _ => 1,
         };
         Self { message: error.chain(), hint: error.hint(), code }
@@ -121,6 +130,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Tiles(args) => tiles::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
         Command::Optimize(args) => optimize::execute(&args),
+        Command::Compare(args) => compare::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
     };
     match outcome {

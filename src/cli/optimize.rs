@@ -4,9 +4,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use slidestream::engine::cohort;
-use slidestream::engine::config::{TilingConfig, TissueSource};
 use slidestream::experiment::optimize::{self, OptimizeRequest, Precision, Target};
-use slidestream::experiment::tiles::TileSet;
+use slidestream::experiment::tiles::{self, TileSet};
 use slidestream::inference::{ModelCard, device};
 use slidestream::native;
 use slidestream::output;
@@ -115,7 +114,7 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
         (TileSet::synthetic(card.tile_size, count, args.seed), None)
     } else {
         native::openslide()?;
-        let read = |seed| TileSet::read(&args.calibrate, card, &tiling(card), count, seed);
+        let read = |seed| TileSet::read(&args.calibrate, card, &tiles::tiling(card), count, seed);
         // Compared on other tiles than those that were calibrated on.
         (read(args.seed.wrapping_add(1))?, Some(read(args.seed)?))
     };
@@ -140,21 +139,6 @@ fn beside(model: &Path) -> PathBuf {
     let mut name = model.file_stem().unwrap_or_default().to_owned();
     name.push("-optimized");
     model.with_file_name(name)
-}
-
-fn tiling(card: &ModelCard) -> TilingConfig {
-    TilingConfig {
-        tile_size: card.tile_size,
-        overlap: card.overlap,
-        target_mpp: card.mpp,
-        mpp_tolerance: 0.05,
-        slide_mpp: None,
-        region: None,
-        max_tiles: None,
-        tissue: TissueSource::Otsu,
-        min_tissue: 0.1,
-        coords: None,
-    }
 }
 
 fn explanation(variants: &[VariantRecord]) -> String {

@@ -99,7 +99,7 @@ fn finish_run(run: &mut RunRecord, summary: Option<&CohortSummary>, outcome: Out
     run.status = match outcome {
         Outcome::Done => Status::Done,
         Outcome::Interrupted => Status::Interrupted,
-        Outcome::Failed | Outcome::Partly => Status::Failed,
+        Outcome::Failed | Outcome::Partly | Outcome::GateFailed => Status::Failed,
     };
     run.finished = Some(cohort::now());
     let Some(summary) = summary else { return };

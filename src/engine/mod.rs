@@ -24,6 +24,7 @@ use self::config::RunConfig;
 pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
+pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};
@@ -191,7 +192,7 @@ impl Engine {
 }
 
 /// How this model's results are put together, `None` for features.
-fn stitch_spec(card: &ModelCard, config: &RunConfig, plan: &SlidePlan) -> Option<StitchSpec> {
+pub(crate) fn stitch_spec(card: &ModelCard, config: &RunConfig, plan: &SlidePlan) -> Option<StitchSpec> {
     let stride = plan.plane.tile_size - plan.overlap;
     let cell = match card.task {
         Task::Features => return None,

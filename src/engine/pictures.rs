@@ -5,6 +5,7 @@ use image::imageops;
 
 use super::EngineError;
 use super::config::Emit;
+use super::plan::SlidePlan;
 use super::write::Target;
 use crate::geometry::Level0Rect;
 use crate::output::{
@@ -20,9 +21,9 @@ const PICTURE_SIDE: u32 = 1600;
 const MAX_THUMBNAIL_SIDE: u32 = 8192;
 
 /// The region of the run as a picture, and the area that its pixels cover.
-pub(super) struct SlidePicture {
-    pixels: RgbImage,
-    area: Level0Rect,
+pub(crate) struct SlidePicture {
+    pub(crate) pixels: RgbImage,
+    pub(crate) area: Level0Rect,
 }
 
 /// Draws the classes over the slide.
@@ -95,13 +96,13 @@ pub(super) fn write_masks(target: &Target<'_>, picture: Option<&SlidePicture>) -
 }
 
 impl SlidePicture {
-    pub(super) fn new(target: &Target<'_>) -> Result<Self, EngineError> {
-        let (region, extent) = (target.plan.plane.region, target.plan.slide.extent());
+    pub(crate) fn new(plan: &SlidePlan) -> Result<Self, EngineError> {
+        let (region, extent) = (plan.plane.region, plan.slide.extent());
         // A small region needs a larger picture of the slide to be cut from.
         let zoom = extent.width.max(extent.height) as f64 / region.width.max(region.height) as f64;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to a picture's size")]
         let side = (f64::from(PICTURE_SIDE) * zoom).min(f64::from(MAX_THUMBNAIL_SIDE)) as u32;
-        let thumbnail = target.plan.slide.thumbnail(side)?;
+        let thumbnail = plan.slide.thumbnail(side)?;
         let (scale_x, scale_y) = (thumbnail.scale_x, thumbnail.scale_y);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the region lies within the slide")]
         let pixel = |level0: i64, scale: f64, round: fn(f64) -> f64| round(level0 as f64 / scale).max(0.0) as u32;

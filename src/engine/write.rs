@@ -157,7 +157,7 @@ impl<'a> SlideFiles<'a> {
         written.extend(geojson.map(TileGeoJsonWriter::finish).transpose()?);
         written.extend(features.map(FeaturesWriter::finish).transpose()?);
         let is_drawn = target.emits(Emit::Png) && (maps.is_some() || target.plan.tissue.is_some());
-        let picture = is_drawn.then(|| SlidePicture::new(&target)).transpose()?;
+        let picture = is_drawn.then(|| SlidePicture::new(target.plan)).transpose()?;
         let (rest, masks) = rayon::join(
             || maps.map(|maps| maps.finish(&target, picture.as_ref())).transpose(),
             || pictures::write_masks(&target, picture.as_ref()),

@@ -49,33 +49,77 @@ pub fn predict(session: &mut dyn Session, tiles: &[&[u8]], batch: usize) -> Resu
 /// Compares predictions of the same tiles in the same batches.
 #[must_use]
 pub fn compare(task: Task, original: &[Prediction], variant: &[Prediction], threshold: f32) -> Agreement {
-    let (original, variant) = (rows(original), rows(variant));
-    let pairs = || original.iter().zip(&variant);
-    let mut cosines: Vec<f64> = pairs().filter_map(|(a, b)| measure::cosine(&a.values, &b.values)).collect();
-    cosines.sort_by(f64::total_cmp);
-    let max_abs_difference =
-        pairs().map(|(a, b)| measure::max_abs_difference(&a.values, &b.values)).fold(0.0, f64::max);
-    let class_count = original.first().map_or(0, |row| row.means.len());
-    let (mut same, mut all) = (0usize, 0usize);
-    let mut confusion = measure::Confusion::new(class_count);
-    for (a, b) in pairs().filter(|_| task != Task::Features) {
-        for (a, b) in a.classes().zip(b.classes()) {
-            all += 1;
-            same += usize::from(a == b);
-            if let (Some(a), Some(b)) = (a, b) {
-                confusion.add(a, b);
+    let mut tally = Tally::new(task, threshold);
+    for (original, variant) in original.iter().zip(variant) {
+        tally.add((original, variant), (original, variant));
+    }
+    tally.finish()
+}
+
+/// An agreement while it is counted, batch by batch, so that predictions need not be kept.
+#[derive(Clone, Debug)]
+pub struct Tally {
+    task: Task,
+    threshold: f32,
+    agreement: Agreement,
+    same: usize,
+    all: usize,
+    /// `None` until the number of classes is known.
+    confusion: Option<measure::Confusion>,
+}
+
+impl Tally {
+    /// Nothing counted yet; tiles flip at `threshold`.
+    #[must_use]
+    pub fn new(task: Task, threshold: f32) -> Self {
+        let agreement = Agreement {
+            tiles: 0,
+            cosines: Vec::new(),
+            max_abs_difference: 0.0,
+            top1: None,
+            dice: Vec::new(),
+            flips: 0,
+            nonfinite: 0,
+        };
+        Self { task, threshold, agreement, same: 0, all: 0, confusion: None }
+    }
+
+    /// Counts the same batch as the original and as the variant predicts it: cosines and differences by `raw`, classes
+    /// and flips by `scores`, which may be `raw` after the activation.
+    pub fn add(&mut self, raw: (&Prediction, &Prediction), scores: (&Prediction, &Prediction)) {
+        let agreement = &mut self.agreement;
+        for (a, b) in rows(raw.0).iter().zip(&rows(raw.1)) {
+            agreement.tiles += 1;
+            agreement.cosines.extend(measure::cosine(&a.values, &b.values));
+            let difference = measure::max_abs_difference(&a.values, &b.values);
+            agreement.max_abs_difference = agreement.max_abs_difference.max(difference);
+            agreement.nonfinite += measure::non_finite(&b.values);
+        }
+        if self.task == Task::Features {
+            return;
+        }
+        for (a, b) in rows(scores.0).iter().zip(&rows(scores.1)) {
+            agreement.flips += usize::from(measure::flips(&a.means, &b.means, self.threshold) > 0);
+            let confusion = self.confusion.get_or_insert_with(|| measure::Confusion::new(a.means.len()));
+            for (a, b) in a.classes().zip(b.classes()) {
+                self.all += 1;
+                self.same += usize::from(a == b);
+                if let (Some(a), Some(b)) = (a, b) {
+                    confusion.add(a, b);
+                }
             }
         }
     }
-    let flips = pairs().filter(|(a, b)| task != Task::Features && measure::flips(&a.means, &b.means, threshold) > 0);
-    Agreement {
-        tiles: original.len(),
-        flips: flips.count(),
-        nonfinite: variant.iter().map(|row| measure::non_finite(&row.values)).sum(),
-        top1: (all > 0).then(|| same as f64 / all as f64),
-        dice: if task == Task::Segmentation { confusion.dice() } else { Vec::new() },
-        cosines,
-        max_abs_difference,
+
+    /// What was counted.
+    #[must_use]
+    pub fn finish(self) -> Agreement {
+        let mut agreement = self.agreement;
+        agreement.cosines.sort_by(f64::total_cmp);
+        agreement.top1 = (self.all > 0).then(|| self.same as f64 / self.all as f64);
+        let maps = self.confusion.filter(|_| self.task == Task::Segmentation);
+        agreement.dice = maps.map(|confusion| confusion.dice()).unwrap_or_default();
+        agreement
     }
 }
 
@@ -98,28 +142,25 @@ impl Row {
     }
 }
 
-fn rows(predictions: &[Prediction]) -> Vec<Row> {
-    let mut rows = Vec::new();
-    for prediction in predictions {
-        match prediction {
-            Prediction::Classes(all) | Prediction::Features(all) => {
-                rows.extend(all.rows().into_iter().map(|row| Row { values: row.to_vec(), means: row.to_vec() }));
-            }
-            Prediction::Map(all) => {
-                for map in all.axis_iter(Axis(0)) {
-                    let mean = |plane: ndarray::ArrayView2<'_, f32>| {
-                        let sum: f64 = plane.iter().map(|value| f64::from(*value)).sum();
-                        #[expect(clippy::cast_possible_truncation, reason = "a mean of f32 values fits f32")]
-                        let mean = (sum / plane.len().max(1) as f64) as f32;
-                        mean
-                    };
-                    let means = map.outer_iter().map(mean).collect();
-                    rows.push(Row { values: map.iter().copied().collect(), means });
-                }
-            }
+fn rows(prediction: &Prediction) -> Vec<Row> {
+    match prediction {
+        Prediction::Classes(all) | Prediction::Features(all) => {
+            all.rows().into_iter().map(|row| Row { values: row.to_vec(), means: row.to_vec() }).collect()
+        }
+        Prediction::Map(all) => {
+            let row = |map: ndarray::ArrayView3<'_, f32>| {
+                let mean = |plane: ndarray::ArrayView2<'_, f32>| {
+                    let sum: f64 = plane.iter().map(|value| f64::from(*value)).sum();
+                    #[expect(clippy::cast_possible_truncation, reason = "a mean of f32 values fits f32")]
+                    let mean = (sum / plane.len().max(1) as f64) as f32;
+                    mean
+                };
+                let means = map.outer_iter().map(mean).collect();
+                Row { values: map.iter().copied().collect(), means }
+            };
+            all.axis_iter(Axis(0)).map(row).collect()
         }
     }
-    rows
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::onnx::passes::image_input::ImageInputError;
 use crate::onnx::{OnnxError, RewriteError};
 use crate::output::OutputError;
 use crate::slide::SlideError;
+use crate::stitch::TooManyClasses;
 use crate::tissue::TissueError;
 
 /// What stopped an experiment.
@@ -71,6 +72,24 @@ pub enum ExperimentError {
         /// The reason.
         why: &'static str,
     },
+    /// Models that can't stand in for each other.
+    #[error("{}: can't be compared with {}: {what}", other.display(), first.display())]
+    Incomparable {
+        /// The card or file of the first model.
+        first: PathBuf,
+        /// Of the other.
+        other: PathBuf,
+        /// How they differ.
+        what: String,
+    },
+    /// Labels can't be read, or don't fit the model.
+    #[error("{}: {reason}", path.display())]
+    Labels {
+        /// The folder, table, image or mask.
+        path: PathBuf,
+        /// What is wrong, with the line.
+        reason: String,
+    },
     /// A file or folder can't be read or written.
     #[error("{}: can't be {doing}", path.display())]
     File {
@@ -110,7 +129,8 @@ from_engine!(
     OutputError,
     SessionError,
     SlideError,
-    TissueError
+    TissueError,
+    TooManyClasses
 );
 
 impl ExperimentError {
@@ -131,6 +151,11 @@ impl ExperimentError {
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",
             Self::Refused { what: "INT8", .. } => "use the TensorRT provider for INT8 on a GPU, or FP16",
+            Self::Incomparable { .. } => "compare variants of one model, or models of one task, tile and classes",
+            Self::Labels { .. } => {
+                "give a folder with one folder of images per class, or a CSV with the columns image,label or image,mask \
+                 and perhaps group"
+            }
             Self::Occupied { .. } => "choose another folder with out",
             _ => return None,
         };

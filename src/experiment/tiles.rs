@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use walkdir::WalkDir;
 
 use super::ExperimentError;
-use crate::engine::config::TilingConfig;
+use crate::engine::config::{TilingConfig, TissueSource};
 use crate::engine::inputs::{self, SlideInput};
 use crate::engine::plan;
 use crate::inference::ModelCard;
@@ -21,6 +21,23 @@ pub struct TileSet {
     pub tiles: Vec<Vec<u8>>,
     /// In words, for the report.
     pub source: String,
+}
+
+/// How a run without further settings cuts slides for a model.
+#[must_use]
+pub fn tiling(card: &ModelCard) -> TilingConfig {
+    TilingConfig {
+        tile_size: card.tile_size,
+        overlap: card.overlap,
+        target_mpp: card.mpp,
+        mpp_tolerance: 0.05,
+        slide_mpp: None,
+        region: None,
+        max_tiles: None,
+        tissue: TissueSource::Otsu,
+        min_tissue: 0.1,
+        coords: None,
+    }
 }
 
 /// Extensions of images that are cut into tiles.

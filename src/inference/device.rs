@@ -347,6 +347,8 @@ pub struct GpuInfo {
     pub memory_total_bytes: u64,
     /// Free memory in bytes when it was asked.
     pub memory_free_bytes: u64,
+    /// Per cent of the moment before in which a kernel ran, if the driver tells.
+    pub busy_percent: Option<u32>,
 }
 
 /// What there is to run on.
@@ -439,6 +441,7 @@ fn gpus() -> Gpus {
                 name: device.name()?,
                 memory_total_bytes: memory.total,
                 memory_free_bytes: memory.free,
+                busy_percent: device.utilization_rates().ok().map(|rates| rates.gpu),
             };
             Ok((device.uuid()?, gpu))
         };
@@ -473,7 +476,7 @@ mod tests {
     const GPU: Device = Device::Cuda { index: 0 };
 
     fn gpu(index: u32, name: &str) -> GpuInfo {
-        GpuInfo { index, name: name.to_owned(), memory_total_bytes: 2, memory_free_bytes: 1 }
+        GpuInfo { index, name: name.to_owned(), memory_total_bytes: 2, memory_free_bytes: 1, busy_percent: None }
     }
 
     #[test]

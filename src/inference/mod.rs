@@ -67,6 +67,31 @@ impl Prediction {
         self.len() == 0
     }
 
+    /// The same after an activation, for the prediction of a session that applied none; features stay as they are.
+    #[must_use]
+    pub fn activated(mut self, activation: Activation) -> Self {
+        match &mut self {
+            Self::Classes(scores) => {
+                for mut row in scores.outer_iter_mut() {
+                    let classes = row.len();
+                    if let Some(scores) = row.as_slice_mut() {
+                        activation::apply(activation, scores, classes);
+                    }
+                }
+            }
+            Self::Map(map) => {
+                for mut tile in map.outer_iter_mut() {
+                    let classes = tile.dim().0;
+                    if let Some(scores) = tile.as_slice_mut() {
+                        activation::apply(activation, scores, classes);
+                    }
+                }
+            }
+            Self::Features(_) => {}
+        }
+        self
+    }
+
     /// Per tile, how many of its values are infinite or not a number; all 0 for a sound prediction.
     #[must_use]
     pub fn nonfinite_per_tile(&self) -> Vec<usize> {

@@ -31,6 +31,17 @@ pub struct LadderRow {
     pub note: Option<String>,
 }
 
+/// What a step takes in a process of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ResourcesRecord {
+    /// Largest resident memory of the process.
+    pub peak_host_bytes: Option<u64>,
+    /// Largest memory on the device, less what others held before.
+    pub peak_device_bytes: Option<u64>,
+    /// Share of the time in which the device was at work, 0–1; of a CPU over all its cores.
+    pub device_utilisation: Option<f64>,
+}
+
 /// A rate with the samples it stands on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RateRecord {

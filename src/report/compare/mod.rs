@@ -17,7 +17,7 @@ mod table;
 
 pub(super) use conclusions::fastest;
 pub use conclusions::{Verdict, conclusions, verdict};
-pub use ladder::{IntervalRecord, LadderRow, ProjectionRecord, RateRecord, SummaryRecord};
+pub use ladder::{IntervalRecord, LadderRow, ProjectionRecord, RateRecord, ResourcesRecord, SummaryRecord};
 pub use quality::{AccuracyRecord, AccuracyRow, AgreementRecord, ClassValue, CosineRecord, FlipsRecord, MetricRecord};
 pub use table::to_csv;
 

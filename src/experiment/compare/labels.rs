@@ -1,0 +1,252 @@
+//! Reads labelled images: a folder with a folder per class, or a table of images with their classes or masks.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use image::{DynamicImage, RgbImage};
+use walkdir::WalkDir;
+
+use crate::experiment::ExperimentError;
+use crate::inference::{ModelCard, Task};
+
+/// Extensions of images that are read.
+const IMAGES: [&str; 3] = ["png", "jpg", "jpeg"];
+
+/// Images with what is right about them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Labelled {
+    /// Where they come from.
+    pub(super) path: PathBuf,
+    pub(super) items: Vec<Item>,
+    /// Number of groups; what is drawn for intervals.
+    pub(super) groups: usize,
+    /// Whether groups were named, rather than each image being its own.
+    pub(super) has_groups: bool,
+}
+
+/// One image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) image: PathBuf,
+    pub(super) truth: Truth,
+    /// Index of its group, such as its patient.
+    pub(super) group: usize,
+}
+
+/// What is right about an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Truth {
+    /// Index of its class.
+    Class(usize),
+    /// A grey picture of its size whose values are indices of classes, 255 for what has none.
+    Mask(PathBuf),
+}
+
+impl Labelled {
+    pub(super) fn images(&self) -> Vec<PathBuf> {
+        self.items.iter().map(|item| item.image.clone()).collect()
+    }
+}
+
+/// Reads the labels for a model of that card; images are looked at when they are needed.
+pub(super) fn read(path: &Path, card: &ModelCard) -> Result<Labelled, ExperimentError> {
+    let wrong = |reason: &str| Err(ExperimentError::Labels { path: path.to_owned(), reason: reason.to_owned() });
+    if card.task == Task::Features {
+        return wrong("features have no classes to hold against labels");
+    }
+    if card.classes.len() < 2 {
+        return wrong("the model has one class: labels need two to tell apart");
+    }
+    let (items, has_groups) = if path.is_dir() {
+        if card.task == Task::Segmentation {
+            return wrong("a folder per class has no masks; a segmentation needs a CSV with the columns image,mask");
+        }
+        (folder(path, card)?, false)
+    } else {
+        table(path, card)?
+    };
+    if items.is_empty() {
+        return wrong("holds no labelled image");
+    }
+    let groups = items.iter().map(|item| item.group + 1).max().unwrap_or(0);
+    Ok(Labelled { path: path.to_owned(), items, groups, has_groups })
+}
+
+/// An image as RGB.
+pub(super) fn pixels(path: &Path) -> Result<RgbImage, ExperimentError> {
+    Ok(open(path)?.into_rgb8())
+}
+
+/// A mask `[row, column]` of an image of that size, with only indices below `classes` and 255 in it.
+pub(super) fn mask(path: &Path, size: (u32, u32), classes: usize) -> Result<Vec<u8>, ExperimentError> {
+    let wrong = |reason: String| Err(ExperimentError::Labels { path: path.to_owned(), reason });
+    let mask = match open(path)? {
+        DynamicImage::ImageLuma8(mask) => mask,
+        _ => return wrong("is no 8-bit grey image, whose values are indices of classes".to_owned()),
+    };
+    if mask.dimensions() != size {
+        let (width, height) = mask.dimensions();
+        return wrong(format!("is {width} × {height} px, but its image {} × {}", size.0, size.1));
+    }
+    let is_none = |value: &&u8| usize::from(**value) >= classes && **value != u8::MAX;
+    if let Some(value) = mask.as_raw().iter().find(is_none) {
+        return wrong(format!("holds the value {value}, but there are classes 0 to {} (255: none)", classes - 1));
+    }
+    Ok(mask.into_raw())
+}
+
+fn open(path: &Path) -> Result<DynamicImage, ExperimentError> {
+    image::open(path).map_err(|source| ExperimentError::Image { path: path.to_owned(), source })
+}
+
+/// Each image its own group.
+fn folder(path: &Path, card: &ModelCard) -> Result<Vec<Item>, ExperimentError> {
+    let mut items = Vec::new();
+    for entry in WalkDir::new(path).min_depth(1).max_depth(1).sort_by_file_name().into_iter().flatten() {
+        if !entry.file_type().is_dir() {
+            continue;
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let class = class(card, &name).map_err(|reason| labels_error(entry.path(), reason))?;
+        let images = WalkDir::new(entry.path()).sort_by_file_name().into_iter().flatten();
+        for image in images.map(walkdir::DirEntry::into_path).filter(|path| is_image(path)) {
+            items.push(Item { image, truth: Truth::Class(class), group: items.len() });
+        }
+    }
+    Ok(items)
+}
+
+fn is_image(path: &Path) -> bool {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+    path.is_file() && extension.is_some_and(|extension| IMAGES.contains(&extension.as_str()))
+}
+
+/// The items of a table, and whether it has groups. Paths are below the table's folder.
+fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, bool), ExperimentError> {
+    let broken = |error: csv::Error| match error.into_kind() {
+        csv::ErrorKind::Io(source) => ExperimentError::File { path: path.to_owned(), doing: "read", source },
+        other => labels_error(path, format!("is no table: {other:?}")),
+    };
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path).map_err(broken)?;
+    let headers = reader.headers().map_err(broken)?.clone();
+    let column = |name: &str| headers.iter().position(|header| header.eq_ignore_ascii_case(name));
+    let wanted = if card.task == Task::Segmentation { "mask" } else { "label" };
+    let (Some(image), Some(truth)) = (column("image"), column(wanted)) else {
+        let found = headers.iter().collect::<Vec<_>>().join(", ");
+        return Err(labels_error(path, format!("needs the columns image and {wanted}, and has: {found}")));
+    };
+    let group = column("group");
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut groups: BTreeMap<String, usize> = BTreeMap::new();
+    let mut items = Vec::new();
+    for (record, line) in reader.records().zip(2..) {
+        let record = record.map_err(broken)?;
+        let field = |index: usize| record.get(index).unwrap_or_default();
+        let below = |name: &str| {
+            let file = folder.join(name);
+            let reason = || format!("line {line}: {name:?} is no file");
+            if file.is_file() { Ok(file) } else { Err(labels_error(path, reason())) }
+        };
+        let image = below(field(image))?;
+        let truth = match card.task {
+            Task::Segmentation => Truth::Mask(below(field(truth))?),
+            _ => {
+                let class = class(card, field(truth));
+                Truth::Class(class.map_err(|reason| labels_error(path, format!("line {line}: {reason}")))?)
+            }
+        };
+        let next = groups.len();
+        let group = group.map_or(items.len(), |group| *groups.entry(field(group).to_owned()).or_insert(next));
+        items.push(Item { image, truth, group });
+    }
+    Ok((items, group.is_some()))
+}
+
+fn class(card: &ModelCard, name: &str) -> Result<usize, String> {
+    let known = || card.classes.iter().map(|class| class.name.as_str()).collect::<Vec<_>>().join(", ");
+    let found = card.classes.iter().position(|class| class.name == name);
+    found.ok_or_else(|| format!("{name:?} is none of the model's classes: {}", known()))
+}
+
+fn labels_error(path: &Path, reason: String) -> ExperimentError {
+    ExperimentError::Labels { path: path.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inference::BareModel;
+    use image::{GrayImage, Luma};
+    use std::fs;
+
+    fn card(name: &str) -> ModelCard {
+        ModelCard::load(&Path::new("models").join(name), &BareModel::default()).unwrap()
+    }
+
+    fn picture(path: &Path) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        RgbImage::new(8, 6).save(path).unwrap();
+    }
+
+    fn reason(result: Result<Labelled, ExperimentError>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn folders_are_classes() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["stroma/b.png", "stroma/a.png", "lymphocyte/c.png"] {
+            picture(&folder.path().join(name));
+        }
+        fs::write(folder.path().join("stroma/notes.txt"), "").unwrap();
+        let found = read(folder.path(), &card("cells-vit")).unwrap();
+        let items: Vec<_> = found.items.iter().map(|item| (item.truth.clone(), item.group)).collect();
+        assert_eq!(items, [(Truth::Class(0), 0), (Truth::Class(2), 1), (Truth::Class(2), 2)]);
+        assert!(found.items[1].image.ends_with("stroma/a.png") && !found.has_groups);
+        assert!(reason(read(folder.path(), &card("cells-unet"))).contains("image,mask"));
+        fs::create_dir(folder.path().join("blood")).unwrap();
+        let said = reason(read(folder.path(), &card("cells-vit")));
+        assert!(said.contains("\"blood\" is none of the model's classes: lymphocyte"), "{said}");
+    }
+
+    #[test]
+    fn tables_name_images_classes_and_groups() {
+        let folder = tempfile::tempdir().unwrap();
+        picture(&folder.path().join("a.png"));
+        let write = |text: &str| {
+            let path = folder.path().join("labels.csv");
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let vit = card("cells-vit");
+        let found =
+            read(&write("image,label,group\na.png,glass,p2\na.png, stroma,p1\na.png,stroma,p2\n"), &vit).unwrap();
+        assert_eq!(found.items.iter().map(|item| item.group).collect::<Vec<_>>(), [0, 1, 0]);
+        assert_eq!((found.groups, found.has_groups, found.items[1].truth.clone()), (2, true, Truth::Class(2)));
+        for (text, expected) in [
+            ("image,class\na.png,glass\n", "needs the columns image and label, and has: image, class"),
+            ("image,label\na.png,glass\nb.png,glass\n", "line 3: \"b.png\" is no file"),
+            ("image,label\na.png,fat\n", "line 2: \"fat\" is none"),
+            ("image,label\n", "holds no labelled image"),
+        ] {
+            let said = reason(read(&write(text), &vit));
+            assert!(said.contains(expected), "{said}");
+        }
+        let masks = read(&write("image,mask\na.png,a.png\n"), &card("cells-unet")).unwrap();
+        assert!(matches!(&masks.items[0].truth, Truth::Mask(path) if path.ends_with("a.png")));
+    }
+
+    #[test]
+    fn masks_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.png");
+        let save = |value: u8| GrayImage::from_pixel(8, 6, Luma([value])).save(&path).unwrap();
+        save(255);
+        assert_eq!(mask(&path, (8, 6), 3).unwrap(), [255; 48]);
+        assert!(mask(&path, (8, 7), 3).unwrap_err().to_string().contains("8 × 6 px, but its image 8 × 7"));
+        save(3);
+        assert!(mask(&path, (8, 6), 3).unwrap_err().to_string().contains("the value 3"));
+        picture(&path);
+        assert!(mask(&path, (8, 6), 3).unwrap_err().to_string().contains("8-bit grey"));
+    }
+}
