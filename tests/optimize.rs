@@ -34,7 +34,7 @@ fn slide(place: &Workplace) -> PathBuf {
 }
 
 fn arguments(command: &str, model: &Path, more: &[&str], task: &str) -> Vec<String> {
-    let mut all = vec![command.to_owned(), model.display().to_string()];
+    let mut all = vec![command.to_owned(), model.display().to_string(), "--seconds".to_owned(), "1".to_owned()];
     all.extend(more.iter().map(|&word| word.to_owned()));
     all.extend(bare(task));
     all

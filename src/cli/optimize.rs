@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use slidestream::engine::cohort;
 use slidestream::experiment::optimize::{self, OptimizeRequest, Precision, Target};
@@ -47,6 +48,9 @@ pub(super) struct Args {
     /// Least mean cosine between the raw outputs of INT8 and the original
     #[arg(long, value_name = "F", default_value = "0.999")]
     min_cosine: f64,
+    /// Most seconds to measure the speed at each precision
+    #[arg(long, value_name = "N", default_value = "30")]
+    seconds: u64,
     /// Where the folder goes [default: MODEL-optimized beside the model]
     #[arg(long, short, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -128,6 +132,7 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
         keeps_io: !args.half_io,
         min_cosine: args.min_cosine,
         reduce_range: !device::list().cpu.features.iter().any(|feature| feature.contains("vnni")),
+        most_time: Duration::from_secs(args.seconds),
         out: args.out.clone().unwrap_or_else(|| beside(&args.model)),
     })
 }

@@ -13,6 +13,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use self::probe::Probe;
 use self::trial::{Trial, Verdict};
@@ -99,6 +100,8 @@ pub struct OptimizeRequest {
     pub min_cosine: f64,
     /// Whether INT8 weights are left 7 bits, for CPUs without VNNI.
     pub reduce_range: bool,
+    /// How long the speed of the candidates of one precision may be measured.
+    pub most_time: Duration,
     /// The folder of the model that is made.
     pub out: PathBuf,
 }

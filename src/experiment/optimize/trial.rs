@@ -1,7 +1,6 @@
 //! Holds a candidate against the original: does it load, run, agree, and is it faster.
 
 use std::num::NonZeroUsize;
-use std::time::Duration;
 
 use super::{Candidate, OptimizeRequest, record};
 use crate::experiment::ExperimentError;
@@ -15,8 +14,6 @@ use crate::measure::{Bootstrap, Samples};
 use crate::onnx::Model;
 use crate::report::{SpeedRecord, VariantAgreement, VariantRecord};
 
-/// How long the speed of one set of candidates may be measured.
-const MOST_TIME: Duration = Duration::from_secs(30);
 /// A turn should be long against the clock and the scheduler.
 const TURN_SECS: f64 = 0.15;
 /// Tiles that speed is measured on.
@@ -137,7 +134,7 @@ impl<'a> Trial<'a> {
                 turn.chunks(batch).try_for_each(|batch| session.predict(batch).map(drop))
             }) as Contestant<'_, SessionError>
         });
-        let rules = RaceRules { warm_up: 1, least_rounds: 11, tolerance: 0.01, most_time: MOST_TIME };
+        let rules = RaceRules { warm_up: 1, least_rounds: 11, tolerance: 0.01, most_time: self.request.most_time };
         let raced = race(&mut contestants.collect::<Vec<_>>(), rules)?;
         let (original, others) = raced.seconds.split_first().map_or((&[][..], &[][..]), |(first, rest)| (first, rest));
         let speed = |seconds: &Vec<f64>| {
