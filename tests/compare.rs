@@ -1,5 +1,7 @@
 //! `slidestream compare` on a tiny slide: its files, its gates, and what it says of bad input.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::fs;
