@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::affine::Magnitude;
-use super::plan::weighted;
+use super::plan::{Form, weighted};
 use super::product::{Bytes, multiply};
 use crate::onnx::passes::PassReport;
 use crate::onnx::{RewriteError, Rewriter};
@@ -27,7 +27,7 @@ pub fn quantize_dynamic(rewriter: &mut Rewriter, options: &DynamicOptions) -> Re
     let magnitude = Magnitude::of(options.reduce_range);
     let mut scaled: HashMap<String, Bytes> = HashMap::new();
     for id in rewriter.ids().collect::<Vec<_>>() {
-        let why = match weighted(rewriter, id) {
+        let why = match weighted(rewriter, id, Form::Kernels) {
             None => continue,
             _ if rewriter.is(id, "Conv") => "dynamic INT8 makes convolutions about 5 times slower".to_owned(),
             _ if options.exclude.contains(&rewriter.label(id)) => "left in float on request".to_owned(),

@@ -14,6 +14,7 @@ mod ranges;
 mod sensitive;
 
 pub use dynamic::{DynamicOptions, quantize_dynamic};
+pub use plan::Form;
 pub use qdq::{StaticOptions, observed, quantize_static};
 pub use ranges::{ActivationRanges, Range, RangeCollector, RangeError, RangeMethod};
 pub use sensitive::{Search, SearchError, Sensitivity, quantize_within, sensitivities};

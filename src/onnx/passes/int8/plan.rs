@@ -10,6 +10,17 @@ use crate::onnx::{ElementType, MICROSOFT, NodeId, Rewriter};
 /// Weights below which a product is too small to gain: quantising its input costs what the bytes save.
 const FEWEST_WEIGHTS: usize = 16_384;
 
+/// Whom the INT8 model is written for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// ONNX Runtime's own CPU kernels: what only moves values is put on bytes, and some products are its own operators.
+    #[default]
+    Kernels,
+    /// Providers that fuse for themselves, such as OpenVINO's: standard operators that read floats, each value behind
+    /// one `QuantizeLinear` and `DequantizeLinear`, the graph as it was otherwise.
+    Plain,
+}
+
 /// What a node does with bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
@@ -24,6 +35,7 @@ pub(super) enum Role {
 /// The nodes that become INT8.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Plan {
+    form: Form,
     nodes: BTreeMap<NodeId, Role>,
     /// Why a node that multiplies weights, or looks as if it did, stays in float.
     pub(super) kept: BTreeMap<NodeId, String>,
@@ -31,11 +43,11 @@ pub(super) struct Plan {
 
 impl Plan {
     /// All nodes that can become INT8, as far as can be told without ranges.
-    pub(super) fn new(rewriter: &Rewriter, exclude: &BTreeSet<String>) -> Self {
-        let mut plan = Self::default();
+    pub(super) fn new(rewriter: &Rewriter, exclude: &BTreeSet<String>, form: Form) -> Self {
+        let mut plan = Self { form, ..Self::default() };
         for id in rewriter.ids() {
             let excluded = exclude.contains(&rewriter.label(id));
-            match weighted(rewriter, id) {
+            match weighted(rewriter, id, form) {
                 Some(_) if excluded => {
                     plan.kept.insert(id, "left in float on request".to_owned());
                 }
@@ -94,14 +106,18 @@ impl Plan {
         let role = self.role(id)?;
         let rectifier = self.rectifier(rewriter, id);
         let value = rewriter.output(rectifier.unwrap_or(id), 0).to_owned();
-        // Convolutions have no form that takes bytes and gives floats; products of matrices have.
-        let takes_floats = role == Role::Weighted && !rewriter.is(id, "Conv");
-        let all_read_bytes = || {
-            let readers = rewriter.consumers(&value);
-            let take_bytes = readers.iter().all(|reader| self.nodes.contains_key(reader));
-            take_bytes && !readers.is_empty() && !rewriter.is_pinned(&value)
+        let readers = rewriter.consumers(&value);
+        let reads_bytes = |reader: &NodeId| self.nodes.contains_key(reader);
+        let gives_bytes = match self.form {
+            // Those who want floats read them as they were before they became bytes.
+            Form::Plain => readers.iter().any(reads_bytes),
+            // Convolutions have no form that takes bytes and gives floats; products of matrices have.
+            Form::Kernels if role == Role::Weighted && !rewriter.is(id, "Conv") => {
+                !readers.is_empty() && readers.iter().all(reads_bytes) && !rewriter.is_pinned(&value)
+            }
+            Form::Kernels => true,
         };
-        (!takes_floats || all_read_bytes()).then_some(value)
+        gives_bytes.then_some(value)
     }
 
     /// The node after `id` that only cuts off what bytes cut off anyway: their zero point is its lower bound.
@@ -170,16 +186,16 @@ pub(super) fn inputs(rewriter: &Rewriter, id: NodeId) -> Vec<String> {
 }
 
 /// Whether a node that multiplies weights can be quantised, and why not; `None` for other nodes.
-pub(super) fn weighted(rewriter: &Rewriter, id: NodeId) -> Option<Result<(), String>> {
+pub(super) fn weighted(rewriter: &Rewriter, id: NodeId, form: Form) -> Option<Result<(), String>> {
     let node = rewriter.node(id);
     let why = match (node.domain(), node.op_type()) {
         (MICROSOFT, "Attention" | "FusedMatMul" | "FusedConv" | "FusedGemm") => {
             "is fused already: quantisation comes before fusion into ONNX Runtime's operators".to_owned()
         }
-        ("" | "ai.onnx", "ConvTranspose") => {
+        ("" | "ai.onnx", "ConvTranspose") if form == Form::Kernels => {
             "ONNX Runtime has no INT8 kernel for it; one of kernel 2 and stride 2 can first become a Conv".to_owned()
         }
-        ("" | "ai.onnx", "Conv" | "MatMul" | "Gemm") => match obstacle(rewriter, id) {
+        ("" | "ai.onnx", "Conv" | "ConvTranspose" | "MatMul" | "Gemm") => match obstacle(rewriter, id) {
             Some(why) => why,
             None => return Some(Ok(())),
         },
@@ -209,7 +225,10 @@ fn obstacle(rewriter: &Rewriter, id: NodeId) -> Option<String> {
     if [weights, bias].iter().any(|value| !value.is_empty() && rewriter.floats(value).is_none()) {
         return Some("its weights lie outside the model file".to_owned());
     }
-    if rewriter.is(id, "Conv") {
+    if rewriter.is(id, "ConvTranspose") && rewriter.int(id, "group").unwrap_or(1) != 1 {
+        return Some("has groups, so that no axis of its weights has its output channels".to_owned());
+    }
+    if rewriter.is(id, "Conv") || rewriter.is(id, "ConvTranspose") {
         return (dims.len() != 4).then(|| "is not two-dimensional".to_owned());
     }
     if dims.len() != 2 {

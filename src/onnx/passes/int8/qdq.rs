@@ -1,14 +1,14 @@
 //! Static INT8: writes a model whose activations are bytes with scales known beforehand.
 //!
 //! Between `DequantizeLinear` and `QuantizeLinear`, ONNX Runtime runs products, sums and pools on bytes; what only
-//! moves values is put on the bytes themselves here.
+//! moves values is put on the bytes themselves here, unless the [`Form`] is plain.
 
 use std::collections::{BTreeSet, HashMap};
 
 use super::ActivationRanges;
 use super::affine::{Affine, ByteWeights, Magnitude, quantize_bias, quantize_weights};
 use super::channels_last::enlarge;
-use super::plan::{Plan, Role, inputs};
+use super::plan::{Form, Plan, Role, inputs};
 use super::product::{Bytes, multiply};
 use crate::onnx::passes::PassReport;
 use crate::onnx::{NodeId, RewriteError, Rewriter, Tensor, Values};
@@ -23,21 +23,25 @@ pub struct StaticOptions {
     pub reduce_range: bool,
     /// Names of nodes to leave in float, as [`Finding`](crate::onnx::passes::Finding) has them.
     pub exclude: BTreeSet<String>,
+    /// Whom the model is written for.
+    pub form: Form,
 }
 
-/// The values whose ranges [`quantize_static`] asks for, each once, in the graph's order.
+/// The values whose ranges [`quantize_static`] asks for in any [`Form`], each once.
 #[must_use]
 pub fn observed(rewriter: &Rewriter) -> Vec<String> {
-    let plan = Plan::new(rewriter, &BTreeSet::new());
     let mut seen = BTreeSet::new();
     let mut values = Vec::new();
-    for (id, _) in plan.nodes() {
-        // A node left in float on request splits it from its rectifier: both may be asked for.
-        let own = Some(rewriter.output(id, 0).to_owned());
-        for value in inputs(rewriter, id).into_iter().chain(plan.output(rewriter, id)).chain(own) {
-            let root = plan.root(rewriter, &value);
-            if seen.insert(root.clone()) {
-                values.push(root);
+    for form in [Form::Kernels, Form::Plain] {
+        let plan = Plan::new(rewriter, &BTreeSet::new(), form);
+        for (id, _) in plan.nodes() {
+            // A node left in float on request splits it from its rectifier: both may be asked for.
+            let own = Some(rewriter.output(id, 0).to_owned());
+            for value in inputs(rewriter, id).into_iter().chain(plan.output(rewriter, id)).chain(own) {
+                let root = plan.root(rewriter, &value);
+                if seen.insert(root.clone()) {
+                    values.push(root);
+                }
             }
         }
     }
@@ -55,7 +59,8 @@ pub fn quantize_static(
     ranges: &ActivationRanges,
     options: &StaticOptions,
 ) -> Result<PassReport, RewriteError> {
-    let mut plan = Plan::new(rewriter, &options.exclude);
+    let form = options.form;
+    let mut plan = Plan::new(rewriter, &options.exclude, form);
     plan.restrict(rewriter, ranges);
     let mut report = PassReport::new("int8 static");
     let order = rewriter.order()?;
@@ -69,6 +74,8 @@ pub fn quantize_static(
     }
     let outputs: HashMap<NodeId, (String, Option<NodeId>)> = plan
         .nodes()
+        // In the plain form those who read a value make bytes of it.
+        .filter(|_| form == Form::Kernels)
         .filter_map(|(id, _)| Some((id, (plan.output(rewriter, id)?, plan.rectifier(rewriter, id)))))
         .collect();
     // Ranges may come from elsewhere than from behind the rectifier.
@@ -82,7 +89,7 @@ pub fn quantize_static(
         .filter_map(|(value, rectifier)| rectifier.filter(|rectifier| !cuts(value, *rectifier)))
         .collect();
     let magnitude = Magnitude::of(options.reduce_range);
-    let mut writer = Writer { rewriter, affines, magnitude, scales: HashMap::new(), lanes: HashMap::new() };
+    let mut writer = Writer { rewriter, form, affines, magnitude, scales: HashMap::new(), lanes: HashMap::new() };
     for id in order {
         if let Some(why) = plan.kept.get(&id) {
             report.keep(writer.rewriter, id, why);
@@ -93,20 +100,20 @@ pub fn quantize_static(
         match role {
             Role::Carrier => {
                 report.apply(writer.rewriter, id, "moves bytes");
-                writer.carry(id);
+                match form {
+                    Form::Kernels => writer.carry(id),
+                    Form::Plain => writer.read(id),
+                }
                 continue;
             }
             Role::Rescaling => {
                 report.apply(writer.rewriter, id, "computes with bytes");
-                for (index, value) in inputs(writer.rewriter, id).iter().enumerate() {
-                    let lane = writer.lane(value);
-                    writer.rewriter.set_input(id, index, &lane.floats);
-                }
+                writer.read(id);
             }
             Role::Weighted => {
                 let noted = report.findings.len();
                 report.apply(writer.rewriter, id, "INT8");
-                if let Err(why) = writer.weigh(id, output.is_some()) {
+                if let Err(why) = writer.weigh(id, form == Form::Plain || output.is_some()) {
                     report.findings.truncate(noted);
                     report.keep(writer.rewriter, id, why);
                 }
@@ -132,6 +139,7 @@ struct Lane {
 /// Writes the nodes of the new graph.
 struct Writer<'a> {
     rewriter: &'a mut Rewriter,
+    form: Form,
     /// The bytes of each value, and the value from whose range they were taken.
     affines: HashMap<String, (String, Affine)>,
     magnitude: Magnitude,
@@ -187,6 +195,14 @@ impl Writer<'_> {
         lane
     }
 
+    /// Makes a node read what its activations' bytes mean.
+    fn read(&mut self, id: NodeId) {
+        for (index, value) in inputs(self.rewriter, id).iter().enumerate() {
+            let lane = self.lane(value);
+            self.rewriter.set_input(id, index, &lane.floats);
+        }
+    }
+
     /// Makes a quantised node's output bytes; whoever read the value reads what they mean.
     fn give(&mut self, id: NodeId, value: &str, rectifier: Option<NodeId>) {
         let raw = match rectifier {
@@ -221,13 +237,14 @@ impl Writer<'_> {
         self.lanes.insert(value.clone(), Lane { bytes, floats: value });
     }
 
-    /// Gives a node bytes for its activation, weights and bias; `gives_bytes` says what becomes of its result.
+    /// Gives a node bytes for its activation, weights and bias; one not `between` `QuantizeLinear` and
+    /// `DequantizeLinear` becomes an operator of ONNX Runtime's that gives floats.
     ///
     /// # Errors
     /// Why its weights can't be bytes; the node is as it was then.
-    fn weigh(&mut self, id: NodeId, gives_bytes: bool) -> Result<(), String> {
+    fn weigh(&mut self, id: NodeId, between: bool) -> Result<(), String> {
         let [x, w, b] = [0, 1, 2].map(|index| self.rewriter.input(id, index).to_owned());
-        if !gives_bytes {
+        if !between {
             let values = self.lane(&x).bytes;
             let [scale, zero_point] = self.scale(&x);
             return multiply(self.rewriter, id, &Bytes { values, scale, zero_point }, self.magnitude);
@@ -238,7 +255,7 @@ impl Writer<'_> {
         let mut weights = self.rewriter.floats(&w).ok_or("its weights can't be read")?;
         let bias = self.rewriter.floats(&b).and_then(|bias| bias.to_f32());
         let x_scale = self.affines[&x].1.scale;
-        let padding = if conv { self.missing_channels(id, &x, &weights.dims) } else { 0 };
+        let padding = if conv && self.form == Form::Kernels { self.missing_channels(id, &x, &weights.dims) } else { 0 };
         if padding > 0 {
             weights = with_channels(&weights, padding);
         }
@@ -559,6 +576,120 @@ mod tests {
             let dims: Vec<usize> = input.dims.unwrap().iter().map(|dim| dim.fixed().unwrap_or(2)).collect();
             let (after, report) = quantized(&model, &measured(&model, &dims), &StaticOptions::default());
             assert!(report.applied() > 0, "{name}");
+            let error = difference(&model, &after, &[(&input.name, noise(&dims))]);
+            assert!(error < 0.05, "{name}: {error}");
+        }
+    }
+
+    fn plain() -> StaticOptions {
+        StaticOptions { form: Form::Plain, ..Default::default() }
+    }
+
+    /// The net with the `ConvTranspose` that its enlargement was before.
+    fn net_with_conv_transpose(groups: usize) -> Model {
+        let mut graph = Graph::new("transposed");
+        let x = image(&mut graph, 3);
+        let pads = || [("pads", ints(&[1, 1, 1, 1]))];
+        let (w0, b0) = (weights(&mut graph, "w0", &[8, 3, 3, 3]), weights(&mut graph, "b0", &[8]));
+        let (w1, b1) = (weights(&mut graph, "w1", &[8, 4 / groups, 2, 2]), weights(&mut graph, "b1", &[4]));
+        let w2 = weights(&mut graph, "w2", &[4, 12, 3, 3]);
+        let conv = graph.node("Conv", &[&x, &w0, &b0], &pads());
+        let skip = graph.node("Relu", &[&conv], &[]);
+        let pool = graph.node("MaxPool", &[&skip], &[("kernel_shape", ints(&[2, 2])), ("strides", ints(&[2, 2]))]);
+        let group = Attribute::from(i64::try_from(groups).unwrap());
+        let up = graph.node("ConvTranspose", &[&pool, &w1, &b1], &[("strides", ints(&[2, 2])), ("group", group)]);
+        let both = graph.node("Concat", &[&skip, &up], &[("axis", 1.into())]);
+        let last = graph.node("Conv", &[&both, &w2], &pads());
+        finish(graph, &last)
+    }
+
+    /// Operators of a model that are not there to turn floats to bytes and back.
+    fn operators(model: &Model) -> BTreeSet<(String, usize)> {
+        let counts = model.op_counts().into_iter();
+        counts.filter(|(op, _)| !op.ends_with("quantizeLinear") && !op.ends_with("QuantizeLinear")).collect()
+    }
+
+    #[test]
+    fn the_plain_form_changes_no_operator() {
+        // One from floats to bytes for each value that INT8 nodes read, and not for the result.
+        for (model, applied, quantized_values) in [(net(), 9, 9), (net_with_conv_transpose(1), 5, 5)] {
+            let ranges = measured(&model, &[2, 3, 8, 12]);
+            let (after, report) = quantized(&model, &ranges, &plain());
+            assert_eq!(report.applied(), applied, "{}", reasons(&report));
+            assert_eq!(operators(&after), operators(&model));
+            assert_eq!(after.op_counts()["QuantizeLinear"], quantized_values);
+            assert_eq!((after.inputs(), after.outputs()), (model.inputs(), model.outputs()));
+            let graph = after.proto().graph.as_ref().unwrap();
+            for node in &graph.node {
+                let reads_floats = |value: &String| after.producer(value) != Some("QuantizeLinear");
+                assert!(node.op_type() == "DequantizeLinear" || node.input.iter().all(reads_floats), "{node:?}");
+            }
+            for dims in [[2, 3, 8, 12], [1, 3, 8, 12]] {
+                let error = difference(&model, &after, &[("x", noise(&dims))]);
+                assert!(error < 0.03, "{dims:?}: {error}");
+            }
+            let (twice, report) = quantized(&after, &ranges, &plain());
+            assert_eq!((report.applied(), observed(&Rewriter::new(after.clone()).unwrap()).len()), (0, 0));
+            assert_eq!(twice, after);
+        }
+    }
+
+    #[test]
+    fn a_transposed_convolution_has_a_scale_per_output_channel() {
+        let model = net_with_conv_transpose(1);
+        let ranges = measured(&model, &[1, 3, 8, 8]);
+        let (after, _) = quantized(&model, &ranges, &plain());
+        let rewriter = Rewriter::new(after).unwrap();
+        let weights = rewriter.input(rewriter.ids_of("ConvTranspose")[0], 1);
+        let lane = rewriter.producer_of(weights, "DequantizeLinear").unwrap();
+        assert_eq!(rewriter.int(lane, "axis"), Some(1));
+        assert_eq!(rewriter.constant_dims(rewriter.input(lane, 1)), Some(vec![4]));
+        let (_, report) = quantized(&model, &ranges, &StaticOptions::default());
+        assert!(reasons(&report).contains("no INT8 kernel for it"));
+        let grouped = net_with_conv_transpose(2);
+        let (_, report) = quantized(&grouped, &measured(&grouped, &[1, 3, 8, 8]), &plain());
+        assert!(reasons(&report).contains("has groups"), "{}", reasons(&report));
+    }
+
+    #[test]
+    fn who_wants_floats_gets_them_as_they_were() {
+        let mut graph = Graph::new("floats");
+        let x = image(&mut graph, 4);
+        let (w, v) = (weights(&mut graph, "w", &[4, 4, 1, 1]), weights(&mut graph, "v", &[4, 4, 1, 1]));
+        let first = graph.node("Conv", &[&x, &w], &[]);
+        let second = graph.node("Conv", &[&first, &v], &[]);
+        let tanh = graph.node("Tanh", &[&first], &[]);
+        let sum = graph.node("Sub", &[&second, &tanh], &[]);
+        let model = finish(graph, &sum);
+        let (after, report) = quantized(&model, &measured(&model, &[1, 4, 8, 8]), &plain());
+        assert_eq!(report.applied(), 2, "{}", reasons(&report));
+        let rewriter = Rewriter::new(after).unwrap();
+        let read = rewriter.input(rewriter.ids_of("Tanh")[0], 0);
+        assert!(rewriter.producer_of(read, "Conv").is_some());
+    }
+
+    #[test]
+    fn nodes_can_be_left_in_float_in_the_plain_form() {
+        let model = net_with_conv_transpose(1);
+        let ranges = measured(&model, &[1, 3, 8, 8]);
+        let rewriter = Rewriter::new(model.clone()).unwrap();
+        for id in rewriter.ids().filter(|id| rewriter.node(*id).op_type().starts_with("Conv")) {
+            let options = StaticOptions { exclude: [rewriter.label(id)].into(), ..plain() };
+            let (after, _) = quantized(&model, &ranges, &options);
+            assert_eq!(operators(&after), operators(&model));
+            assert!(difference(&model, &after, &[("x", noise(&[1, 3, 8, 8]))]) < 0.03, "{}", rewriter.label(id));
+        }
+    }
+
+    #[test]
+    fn exported_models_load_in_the_plain_form() {
+        for name in ["unet.onnx", "timm_unfused.onnx", "hf_dinov2_eager.onnx", "torchvision_vit.onnx"] {
+            let model = fixture(name);
+            let input = model.inputs().swap_remove(0);
+            let dims: Vec<usize> = input.dims.unwrap().iter().map(|dim| dim.fixed().unwrap_or(2)).collect();
+            let (after, report) = quantized(&model, &measured(&model, &dims), &plain());
+            assert!(report.applied() > 0, "{name}");
+            assert!(!after.op_counts().keys().any(|op| op.starts_with("com.microsoft")), "{name}");
             let error = difference(&model, &after, &[(&input.name, noise(&dims))]);
             assert!(error < 0.05, "{name}: {error}");
         }

@@ -19,7 +19,7 @@ pub struct Sensitivity {
 /// The nodes that multiply weights, the worst first.
 #[must_use]
 pub fn sensitivities(rewriter: &Rewriter, ranges: &ActivationRanges, options: &StaticOptions) -> Vec<Sensitivity> {
-    let mut plan = Plan::new(rewriter, &options.exclude);
+    let mut plan = Plan::new(rewriter, &options.exclude, options.form);
     plan.restrict(rewriter, ranges);
     let magnitude = Magnitude::of(options.reduce_range);
     let rate = |id: NodeId| {
