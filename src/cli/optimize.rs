@@ -21,7 +21,7 @@ pub(super) struct Args {
     /// A model folder, a card, or an .onnx file
     #[arg(value_name = "DIR|CARD|MODEL.onnx")]
     model: PathBuf,
-    /// What the variants are for: cpu or cuda
+    /// What the variants are for: cpu, openvino or cuda
     #[arg(long = "for", value_name = "DEVICE", default_value = "cpu")]
     target: Target,
     /// Precisions: fp32,fp16,int8 [default: fp32,int8 for the CPU if there is something to calibrate on; fp32,fp16 for CUDA]
@@ -106,8 +106,8 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
 
 fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
     let mut precisions = match (&args.precisions[..], args.target, args.calibrate.is_empty()) {
-        ([], Target::Cpu, true) => vec![Precision::Fp32],
-        ([], Target::Cpu, false) => vec![Precision::Fp32, Precision::Int8],
+        ([], Target::Cpu | Target::OpenVino, true) => vec![Precision::Fp32],
+        ([], Target::Cpu | Target::OpenVino, false) => vec![Precision::Fp32, Precision::Int8],
         ([], Target::Cuda, _) => vec![Precision::Fp32, Precision::Fp16],
         (asked, ..) => asked.to_vec(),
     };

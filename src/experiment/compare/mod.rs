@@ -1,10 +1,10 @@
 //! Compares variants of models: how fast each step from the original to everything together is, how much every variant
 //! agrees with the original and with labels, and whether it keeps what it must.
 //!
-//! [`subjects`] names the variants, [`ladder`] says which steps there are and makes their rows, [`speed`] times them in
-//! turns, [`course`] is the part of the slide that they run over, [`alone`] what a step takes in a process of its own,
-//! [`quality`], [`labels`] and [`accuracy`] hold outputs against the original's and against labels, [`gates`] judges,
-//! [`pictures`] shows.
+//! `subjects` names the variants, `ladder` says which steps there are and makes their rows, `speed` times them in
+//! turns, `course` is the part of the slide that they run over, `alone` what a step takes in a process of its own,
+//! `quality`, `labels` and `accuracy` hold outputs against the original's and against labels, `gates` judges,
+//! `pictures` shows.
 
 mod accuracy;
 mod alone;
@@ -38,6 +38,8 @@ use crate::report::compare::{
 
 /// The probability at which a tile changes sides, as in a run without further settings.
 const THRESHOLD: f32 = 0.5;
+/// Tiles that maps to look at have at least, if the slide has as many.
+const PICTURE_TILES: usize = 144;
 /// Seed of the tiles that are drawn.
 const SEED: u64 = 1;
 
@@ -87,7 +89,7 @@ pub struct Findings {
     pub pictures: Vec<PictureRecord>,
 }
 
-/// Compares; `say` is told what is being done, `in_own_process` runs [`alone`] in a process of its own.
+/// Compares; `say` is told what is being done, `in_own_process` runs [`alone()`] in a process of its own.
 ///
 /// # Errors
 /// [`ExperimentError`] if a model, the slide or the labels can't be read, or the original does not run. A variant that
@@ -136,10 +138,11 @@ pub fn compare(
         &left_out,
     );
     let mut drawn = Vec::new();
-    if let Some(course) = course.as_ref().filter(|_| subjects.len() > 1) {
+    if let Some((path, course)) = request.slide.as_ref().zip(course.as_ref()).filter(|_| subjects.len() > 1) {
         let shown = if best > 0 { best } else { subjects.len() - 1 };
         say(&format!("drawing the maps of {} and {}", subjects[0].name, subjects[shown].name));
-        drawn = pictures::pictures(&subjects[0], &subjects[shown], course)?;
+        let wide = Course::new(path, card, course.wanted.max(PICTURE_TILES))?;
+        drawn = pictures::pictures(&subjects[0], &subjects[shown], &wide)?;
     }
     let source = match (&request.slide, is_real) {
         (Some(path), _) => path.display().to_string(),

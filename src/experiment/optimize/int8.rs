@@ -1,12 +1,13 @@
 //! Finds the INT8 variant of a model: calibrates on tiles, tries what suits its operators, and holds each to the gate.
 
 use super::trial::Trial;
-use super::{Candidate, Graphs, recipe};
+use super::{Candidate, Graphs, Target, recipe};
 use crate::experiment::ExperimentError;
 use crate::experiment::optimize::probe::Probe;
+use crate::inference::Provider;
 use crate::onnx::passes::int8::{
-    ActivationRanges, DynamicOptions, RangeCollector, RangeMethod, Search, StaticOptions, observed, quantize_dynamic,
-    quantize_within,
+    ActivationRanges, DynamicOptions, Form, RangeCollector, RangeMethod, Search, StaticOptions, observed,
+    quantize_dynamic, quantize_within,
 };
 use crate::onnx::{Model, Rewriter};
 
@@ -23,10 +24,12 @@ pub(super) fn candidates(
     let request = graphs.request;
     let tiles = request.calibration.as_ref().ok_or(ExperimentError::NoCalibration)?;
     let probe = Probe { tiles, ..*graphs.probe };
+    let is_plain = request.target == Target::OpenVino;
     let mut rewriter = graphs.clean.clone();
-    let passes = recipe::for_int8(&mut rewriter)?;
+    let passes = if is_plain { Vec::new() } else { recipe::for_int8(&mut rewriter)? };
+    let form = if is_plain { Form::Plain } else { Form::Kernels };
     let collected = calibrate(&rewriter, &probe)?;
-    let options = StaticOptions { reduce_range: request.reduce_range, ..StaticOptions::default() };
+    let options = StaticOptions { reduce_range: request.reduce_range, form, ..StaticOptions::default() };
     let gate = 1.0 - request.min_cosine;
     let error = |model: &Model| Ok(1.0 - trial.agreement_of(model)?.mean_cosine());
 
@@ -51,9 +54,12 @@ pub(super) fn candidates(
     if let Some((found, name)) = best {
         let note = format!("static INT8 with {name} ranges of {}{}", tiles.source, needs(request.reduce_range));
         let passes = passes.iter().cloned().chain([found.report]).collect();
-        made.push(graphs.candidate("int8", Rewriter::new(found.model)?, passes, &note)?);
+        let name = if is_plain { "int8-openvino" } else { "int8" };
+        let candidate = graphs.candidate(name, Rewriter::new(found.model)?, passes, &note)?;
+        let provider = if is_plain { Provider::OpenVino } else { Provider::Cpu };
+        made.push(Candidate { provider, ..candidate });
     }
-    if is_mostly_products(&graphs.clean) {
+    if !is_plain && is_mostly_products(&graphs.clean) {
         let options = DynamicOptions { reduce_range: request.reduce_range, ..DynamicOptions::default() };
         let report = quantize_dynamic(&mut rewriter, &options)?;
         let note = format!("dynamic INT8{}", needs(request.reduce_range));

@@ -1,6 +1,6 @@
 //! Makes faster variants of a model, and proves each before it enters the card.
 //!
-//! [`recipe`] says which passes make which graph, [`int8`] how a quantised one is found, [`trial`] measures a candidate
+//! `recipe` says which passes make which graph, `int8` how a quantised one is found, `trial` measures a candidate
 //! against the original: it must load, run any batch, give numbers, agree, and be no slower to be recommended.
 
 mod int8;
@@ -33,6 +33,8 @@ use crate::report::{NodeRecord, PassRecord, VariantRecord};
 pub enum Target {
     /// The kernels of ONNX Runtime's CPU provider.
     Cpu,
+    /// Intel's OpenVINO on the CPU.
+    OpenVino,
     /// The kernels of its CUDA provider.
     Cuda,
 }
@@ -41,6 +43,7 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Cpu => "cpu",
+            Self::OpenVino => "openvino",
             Self::Cuda => "cuda",
         })
     }
@@ -50,8 +53,8 @@ impl FromStr for Target {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = [Self::Cpu, Self::Cuda].into_iter().find(|target| target.to_string() == text);
-        known.ok_or_else(|| format!("{text:?} is neither cpu nor cuda"))
+        let known = [Self::Cpu, Self::OpenVino, Self::Cuda].into_iter().find(|target| target.to_string() == text);
+        known.ok_or_else(|| format!("{text:?} is none of cpu, openvino, cuda"))
     }
 }
 
@@ -176,6 +179,7 @@ pub fn optimize(
     for precision in &request.precisions {
         let candidates = match (precision, request.target) {
             (Precision::Fp32, Target::Cpu) => graphs.for_cpu()?,
+            (Precision::Fp32, Target::OpenVino) => vec![graphs.for_openvino()?],
             (Precision::Fp32, Target::Cuda) => vec![graphs.for_cuda("fp32-cuda")?],
             (Precision::Fp16, _) => vec![graphs.fp16()?],
             (Precision::Int8, _) => {
@@ -207,6 +211,10 @@ fn refuse(request: &OptimizeRequest) -> Result<(), ExperimentError> {
     if has_int8 && request.target == Target::Cuda {
         let why = "ONNX Runtime's CUDA provider has no kernels for quantised operators";
         return Err(ExperimentError::Refused { what: "INT8", device: "CUDA", why });
+    }
+    if request.precisions.contains(&Precision::Fp16) && request.target == Target::OpenVino {
+        let why = "it chooses its precision by itself, bf16 where the processor has it";
+        return Err(ExperimentError::Refused { what: "FP16", device: "OpenVINO", why });
     }
     if has_int8 && request.calibration.is_none() {
         return Err(ExperimentError::NoCalibration);
@@ -244,6 +252,12 @@ impl Graphs<'_> {
         Ok(candidates)
     }
 
+    /// OpenVINO fuses by itself, and knows standard operators alone.
+    fn for_openvino(&self) -> Result<Candidate, ExperimentError> {
+        let candidate = self.candidate("fp32-openvino", self.clean.clone(), Vec::new(), "cleaned")?;
+        Ok(Candidate { provider: Provider::OpenVino, ..candidate })
+    }
+
     /// What CUDA's kernels are fastest with.
     fn for_cuda(&self, name: &'static str) -> Result<Candidate, ExperimentError> {
         let mut rewriter = self.clean.clone();
@@ -264,7 +278,7 @@ impl Graphs<'_> {
         let options = Fp16Options { keep_io: self.request.keeps_io, ..Fp16Options::default() };
         let mut candidate = match self.request.target {
             Target::Cuda => self.for_cuda("fp16")?,
-            Target::Cpu => self.candidate(
+            Target::Cpu | Target::OpenVino => self.candidate(
                 "fp16",
                 self.clean.clone(),
                 Vec::new(),

@@ -108,7 +108,7 @@ impl<'a> Trial<'a> {
 
     fn least_cosine(&self, name: &str) -> f64 {
         match name {
-            "int8" => self.request.min_cosine,
+            "int8" | "int8-openvino" => self.request.min_cosine,
             "fp16" => 0.9999,
             // Only the order of sums may differ.
             _ => 0.99999,

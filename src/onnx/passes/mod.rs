@@ -1,6 +1,6 @@
 //! Rewrites of a model, one file each, and what each of them did.
 //!
-//! A pass takes a [`Rewriter`](super::Rewriter), changes what it can, and tells for every node that it is about whether
+//! A pass takes a [`Rewriter`], changes what it can, and tells for every node that it is about whether
 //! it was applied and why not. Running a pass twice changes nothing the second time.
 
 pub mod attention;

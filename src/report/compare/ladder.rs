@@ -9,7 +9,7 @@ use crate::measure::{Interval, Samples, Summary};
 pub struct LadderRow {
     /// Such as `original` or `+ batching`.
     pub name: String,
-    /// The variant that ran: a [`ComparedVariant::name`].
+    /// The variant that ran: a [`ComparedVariant::name`](super::ComparedVariant::name).
     pub variant: String,
     /// Tiles per batch.
     pub batch: usize,
