@@ -38,6 +38,8 @@ use crate::report::compare::{
 
 /// The probability at which a tile changes sides, as in a run without further settings.
 const THRESHOLD: f32 = 0.5;
+/// Tiles that maps to look at have at least, if the slide has as many.
+const PICTURE_TILES: usize = 144;
 /// Seed of the tiles that are drawn.
 const SEED: u64 = 1;
 
@@ -136,10 +138,11 @@ pub fn compare(
         &left_out,
     );
     let mut drawn = Vec::new();
-    if let Some(course) = course.as_ref().filter(|_| subjects.len() > 1) {
+    if let Some((path, course)) = request.slide.as_ref().zip(course.as_ref()).filter(|_| subjects.len() > 1) {
         let shown = if best > 0 { best } else { subjects.len() - 1 };
         say(&format!("drawing the maps of {} and {}", subjects[0].name, subjects[shown].name));
-        drawn = pictures::pictures(&subjects[0], &subjects[shown], course)?;
+        let wide = Course::new(path, card, course.wanted.max(PICTURE_TILES))?;
+        drawn = pictures::pictures(&subjects[0], &subjects[shown], &wide)?;
     }
     let source = match (&request.slide, is_real) {
         (Some(path), _) => path.display().to_string(),
