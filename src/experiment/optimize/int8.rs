@@ -26,7 +26,7 @@ pub(super) fn candidates(
     let probe = Probe { tiles, ..*graphs.probe };
     let is_plain = request.target == Target::OpenVino;
     let mut rewriter = graphs.clean.clone();
-    let passes = if is_plain { Vec::new() } else { recipe::for_int8(&mut rewriter)? };
+    let passes = if is_plain { Vec::new() } else { recipe::for_int8(&mut rewriter, &probe)? };
     let form = if is_plain { Form::Plain } else { Form::Kernels };
     let collected = calibrate(&rewriter, &probe)?;
     let options = StaticOptions { reduce_range: request.reduce_range, form, ..StaticOptions::default() };

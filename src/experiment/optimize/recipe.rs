@@ -23,12 +23,13 @@ pub(super) fn up_convolutions(rewriter: &mut Rewriter) -> Result<Vec<PassReport>
     Ok(vec![conv_transpose::rewrite_conv_transpose(rewriter)?])
 }
 
-/// What an INT8 variant is quantised from: up-convolutions in a form that has 8-bit kernels, activations and norms as one
-/// operator each. Attention and biases stay apart, because the 8-bit products take them in.
-pub(super) fn for_int8(rewriter: &mut Rewriter) -> Result<Vec<PassReport>, ExperimentError> {
+/// What an INT8 variant is quantised from: up-convolutions in a form that has 8-bit kernels, activations, norms and
+/// attentions as one operator each. Biases stay apart, because the 8-bit products take them in.
+pub(super) fn for_int8(rewriter: &mut Rewriter, probe: &Probe<'_>) -> Result<Vec<PassReport>, ExperimentError> {
     let mut reports = up_convolutions(rewriter)?;
     reports.push(layer_norm::fuse_layer_norm(rewriter)?);
     reports.push(gelu::fuse_gelu(rewriter)?);
+    reports.push(attention::fuse_attention(rewriter, &probe.shapes(rewriter)?)?);
     Ok(reports)
 }
 

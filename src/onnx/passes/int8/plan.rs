@@ -111,7 +111,8 @@ impl Plan {
         let gives_bytes = match self.form {
             // Those who want floats read them as they were before they became bytes.
             Form::Plain => readers.iter().any(reads_bytes),
-            // Convolutions have no form that takes bytes and gives floats; products of matrices have.
+            // Convolutions have no form that takes bytes and gives floats; products of matrices have, attention no other.
+            Form::Kernels if is_attention(rewriter, id) => false,
             Form::Kernels if role == Role::Weighted && !rewriter.is(id, "Conv") => {
                 !readers.is_empty() && readers.iter().all(reads_bytes) && !rewriter.is_pinned(&value)
             }
@@ -189,6 +190,10 @@ pub(super) fn inputs(rewriter: &Rewriter, id: NodeId) -> Vec<String> {
 pub(super) fn weighted(rewriter: &Rewriter, id: NodeId, form: Form) -> Option<Result<(), String>> {
     let node = rewriter.node(id);
     let why = match (node.domain(), node.op_type()) {
+        (MICROSOFT, "Attention") if form == Form::Kernels => match attention_obstacle(rewriter, id) {
+            Some(why) => why,
+            None => return Some(Ok(())),
+        },
         (MICROSOFT, "Attention" | "FusedMatMul" | "FusedConv" | "FusedGemm") => {
             "is fused already: quantisation comes before fusion into ONNX Runtime's operators".to_owned()
         }
@@ -202,6 +207,29 @@ pub(super) fn weighted(rewriter: &Rewriter, id: NodeId, form: Form) -> Option<Re
         _ => return None,
     };
     Some(Err(why))
+}
+
+/// Why an attention's packed projections can't be bytes.
+fn attention_obstacle(rewriter: &Rewriter, id: NodeId) -> Option<String> {
+    let node = rewriter.node(id);
+    if node.input.len() > 3 || node.output.len() > 1 {
+        return Some("has a mask or a past, with which its projections are not quantised".to_owned());
+    }
+    if let Some(name) =
+        node.attribute.iter().map(|attribute| attribute.name()).find(|name| !matches!(*name, "num_heads" | "scale"))
+    {
+        return Some(format!("has the attribute {name:?}, with which its projections are not quantised"));
+    }
+    let is_float =
+        |value: &str| rewriter.constant_element(value) == Some(ElementType::F32) && rewriter.floats(value).is_some();
+    (![1, 2].iter().all(|index| is_float(rewriter.input(id, *index))))
+        .then(|| "its weights or its bias are no constant floats in the model file".to_owned())
+}
+
+/// True for `com.microsoft.Attention`, whose projections are packed.
+pub(super) fn is_attention(rewriter: &Rewriter, id: NodeId) -> bool {
+    let node = rewriter.node(id);
+    (node.domain(), node.op_type()) == (MICROSOFT, "Attention")
 }
 
 fn obstacle(rewriter: &Rewriter, id: NodeId) -> Option<String> {
