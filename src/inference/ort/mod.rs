@@ -203,6 +203,15 @@ fn fit_batch(bytes_per_tile: u64, free_bytes: u64, cap: usize) -> usize {
     1 << fits.ilog2()
 }
 
+/// How many images a batch of `tiles` is run as. A GPU's libraries plan their kernels anew for every size, which takes
+/// seconds for a net of convolutions, where the images that fill up a slide's last batch take milliseconds.
+fn filled_up(device: Device, tiles: usize, largest_batch: usize) -> usize {
+    match device {
+        Device::Cpu => tiles,
+        Device::Cuda { .. } => tiles.max(largest_batch),
+    }
+}
+
 /// Session settings have a dotted name, provider options don't.
 fn is_session_setting(key: &str) -> bool {
     key.contains('.')
@@ -247,6 +256,8 @@ pub struct OrtSession {
     resizer: Option<TileResizer>,
     /// Holds the profile until the first batch is done.
     profile: Option<tempfile::TempDir>,
+    /// Tiles of the largest batch so far.
+    largest_batch: usize,
 }
 
 impl OrtSession {
@@ -261,14 +272,15 @@ impl OrtSession {
         let card = &shared.card;
         let input = Input::new(card, &shared.contract, input::page_locked(&session, shared.options.device));
         let resizer = card.resize.map(|side| TileResizer::new(card.tile_size, side));
-        Ok(Self { session, input, resizer, profile, shared })
+        Ok(Self { session, input, resizer, profile, largest_batch: 0, shared })
     }
 
     /// Runs one batch that the graph can take, and appends the scores of `tiles`, activated and pooled, to `scores`.
     /// Returns the dimensions after the batch.
     fn run(&mut self, tiles: &[&[u8]], scores: &mut Vec<f32>) -> Result<[usize; 3], SessionError> {
-        let Shared { card, contract, stop, .. } = &*self.shared;
-        let batch = contract.fixed_batch.unwrap_or(tiles.len());
+        let Shared { card, contract, stop, options, .. } = &*self.shared;
+        self.largest_batch = self.largest_batch.max(tiles.len());
+        let batch = contract.fixed_batch.unwrap_or(filled_up(options.device, tiles.len(), self.largest_batch));
         let side = contract.side;
         let shape = match contract.layout {
             Layout::Nchw => [batch, 3, side, side],
@@ -326,7 +338,11 @@ impl Session for OrtSession {
             if self.shared.stop.is_stopped() {
                 return Err(SessionError::Stopped);
             }
-            dims = self.run(tiles, &mut scores)?;
+            let ran = self.run(tiles, &mut scores);
+            if matches!(ran, Err(SessionError::OutOfMemory { .. })) {
+                self.largest_batch = 0;
+            }
+            dims = ran?;
             self.read_placement()?;
         }
         let [channels, height, width] = dims;

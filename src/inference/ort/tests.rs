@@ -496,6 +496,16 @@ fn batches_are_fitted_to_memory() {
 }
 
 #[test]
+fn a_gpu_sees_batches_of_one_size() {
+    let gpu = Device::Cuda { index: 0 };
+    for (device, tiles, largest, images) in
+        [(gpu, 3, 32, 32), (gpu, 32, 8, 32), (gpu, 8, 0, 8), (Device::Cpu, 3, 32, 3)]
+    {
+        assert_eq!(filled_up(device, tiles, largest), images);
+    }
+}
+
+#[test]
 fn out_of_memory_is_recognised_in_every_dialect() {
     let yes = [
         "BFCArena::AllocateRawInternal(size_t) Failed to allocate memory for requested buffer of size 17179869184",
