@@ -4,11 +4,15 @@
 //! are packed `[in, 3·hidden]` as Q|K|V and all of it becomes `com.microsoft.Attention`. If they are not (rotary
 //! positions, normalised heads, cross attention), `com.microsoft.MultiHeadAttention` takes them as they are.
 
+mod end;
+mod projection;
 mod trace;
 
-use self::trace::{Elements, Path, is_layout, scaled};
+use self::end::End;
+use self::projection::Projection;
+use self::trace::scaled;
 use super::PassReport;
-use crate::onnx::{MICROSOFT, NodeId, RewriteError, Rewriter, Shapes, Tensor};
+use crate::onnx::{NodeId, RewriteError, Rewriter, Shapes, Tensor};
 
 /// Fuses what it can; `shapes` are best those of more than one image: one alone can't tell batch from heads.
 ///
@@ -158,149 +162,6 @@ fn guarded(rewriter: &Rewriter, probabilities: &str) -> Option<String> {
     is_guard.then(|| rewriter.output(choice, 0).to_owned())
 }
 
-/// A linear layer over the last axis: `input · weight + bias`.
-struct Linear {
-    input: String,
-    weight: String,
-    /// True if the weight is `[out, in]`.
-    is_transposed: bool,
-    bias: Option<String>,
-}
-
-impl Linear {
-    /// The layer that gives `value`.
-    fn of(rewriter: &Rewriter, value: &str) -> Option<Self> {
-        let id = rewriter.producer(value)?;
-        if rewriter.is(id, "Add") {
-            let (first, second) = (rewriter.input(id, 0), rewriter.input(id, 1));
-            let (product, bias) = if rewriter.is_constant(first) { (second, first) } else { (first, second) };
-            let linear = Self::of(rewriter, product).filter(|linear| linear.bias.is_none())?;
-            let width = linear.width(rewriter)?;
-            let dims = rewriter.constant_dims(bias)?;
-            let fits = dims.last() == Some(&width) && dims.iter().product::<usize>() == width;
-            return fits.then(|| Self { bias: Some(bias.to_owned()), ..linear });
-        }
-        let weight = rewriter.input(id, 1).to_owned();
-        if rewriter.constant_dims(&weight)?.len() != 2 {
-            return None;
-        }
-        let input = rewriter.input(id, 0).to_owned();
-        if rewriter.is(id, "MatMul") {
-            return Some(Self { input, weight, is_transposed: false, bias: None });
-        }
-        let is_plain = |name: &str| rewriter.float(id, name).is_none_or(|value| value == 1.0);
-        if !rewriter.is(id, "Gemm") || rewriter.int(id, "transA") == Some(1) || !is_plain("alpha") || !is_plain("beta")
-        {
-            return None;
-        }
-        let bias = rewriter.input(id, 2);
-        if !bias.is_empty() && rewriter.constant_dims(bias)?.len() != 1 {
-            return None;
-        }
-        let is_transposed = rewriter.int(id, "transB") == Some(1);
-        Some(Self { input, weight, is_transposed, bias: (!bias.is_empty()).then(|| bias.to_owned()) })
-    }
-
-    /// Columns of the output.
-    fn width(&self, rewriter: &Rewriter) -> Option<usize> {
-        rewriter.constant_dims(&self.weight)?.get(usize::from(!self.is_transposed)).copied()
-    }
-
-    /// `[in, out]`.
-    fn matrix(&self, rewriter: &Rewriter) -> Option<Tensor> {
-        let weight = rewriter.floats(&self.weight)?;
-        if !self.is_transposed {
-            return Some(weight);
-        }
-        let (rows, columns) = (weight.dims[0], weight.dims[1]);
-        let values = weight.to_f32()?;
-        let turned = (0..rows * columns).map(|index| values[index % rows * columns + index / rows]).collect();
-        Some(Tensor::f32(&[columns, rows], turned))
-    }
-}
-
-/// One of Q, K and V as a linear function of tokens.
-struct Projection {
-    linear: Linear,
-    /// The value that holds the tokens, `[batch, tokens, width]`.
-    tokens: String,
-    /// Column of the linear layer's output for each `(head, place)`.
-    columns: Vec<usize>,
-    factor: f32,
-}
-
-impl Projection {
-    fn find(
-        rewriter: &Rewriter,
-        shapes: &Shapes,
-        heads: &Heads,
-        value: &str,
-        is_transposed: bool,
-    ) -> Result<Self, String> {
-        let path = Path::back_from(rewriter, value);
-        let linear = Linear::of(rewriter, &path.source).ok_or_else(|| {
-            let op = rewriter.producer(&path.source).map_or("an input", |id| rewriter.node(id).op_type());
-            format!("a projection ends at {op}, not at a linear layer")
-        })?;
-        let dims = shapes.of(&path.source).ok_or("a projection's dimensions are not known")?;
-        let width = *dims.last().ok_or("a projection is a scalar")?;
-        let elements = path.elements(rewriter, dims).ok_or("a projection is rearranged in an unknown way")?;
-        let tokens = if is_transposed { heads.key_tokens } else { elements.dims[elements.dims.len() - 2] };
-        if elements.source.len() != heads.batch * heads.heads * tokens * heads.size {
-            return Err("queries, keys and values differ in size".to_owned());
-        }
-        // Each element must be column(head, place) of row(batch, token).
-        let mut rows = vec![usize::MAX; heads.batch * tokens];
-        let mut columns = vec![usize::MAX; heads.hidden()];
-        let agree = |seen: &mut usize, now: usize| {
-            let is_new = *seen == usize::MAX;
-            if is_new {
-                *seen = now;
-            }
-            is_new || *seen == now
-        };
-        for (source, [batch, head, token, place]) in elements.source.iter().zip(heads.places(is_transposed, tokens)) {
-            let source = *source as usize;
-            let row_agrees = agree(&mut rows[batch * tokens + token], source / width);
-            if !row_agrees || !agree(&mut columns[head * heads.size + place], source % width) {
-                return Err("a projection mixes tokens and channels".to_owned());
-            }
-        }
-        let tokens = token_source(rewriter, shapes, &linear.input, &rows, &[heads.batch, tokens])
-            .ok_or("the projection's input is no batch of tokens")?;
-        Ok(Self { linear, tokens, columns, factor: path.factor })
-    }
-}
-
-/// The value `[batch, tokens, width]` whose row `i` is row `rows[i]` of `value`, found on the way back from it.
-fn token_source(
-    rewriter: &Rewriter,
-    shapes: &Shapes,
-    value: &str,
-    rows: &[usize],
-    lead: &[usize; 2],
-) -> Option<String> {
-    let whole = Path::back_from(rewriter, value);
-    let width = *shapes.of(value)?.last()?;
-    for steps in 0..=whole.nodes.len() {
-        let nodes = whole.nodes[..steps].to_vec();
-        let source = nodes.last().map_or(value, |(id, _)| rewriter.input(*id, 0)).to_owned();
-        let dims = shapes.of(&source)?;
-        if dims != [lead[0], lead[1], width] {
-            continue;
-        }
-        let path = Path { nodes, source: source.clone(), factor: 1.0 };
-        let elements = path.elements(rewriter, dims)?;
-        let is_row = |(place, row): (usize, &usize)| {
-            (0..width).all(|column| elements.source[row * width + column] as usize == place * width + column)
-        };
-        if rows.iter().enumerate().all(is_row) {
-            return Some(source);
-        }
-    }
-    None
-}
-
 /// An attention whose projections are packed.
 struct Packed {
     tokens: String,
@@ -391,127 +252,6 @@ impl Separate {
         let key = tokens(rewriter, &heads.key_transposed, &[0, 3, 1, 2]);
         let value = tokens(rewriter, &heads.value, &[0, 2, 1, 3]);
         self.end.insert(rewriter, heads, "MultiHeadAttention", &[&query, &key, &value], self.factor);
-    }
-}
-
-/// How an attention's result goes on: from heads back to `[batch, tokens, hidden]`.
-struct End {
-    /// The value that the fused operator, or what is rebuilt after it, gives.
-    value: String,
-    /// The node that gave it, and those before it that no one else needs are dead afterwards.
-    replaced: NodeId,
-    /// True if the value is `[batch·tokens, hidden]`.
-    is_flat: bool,
-    /// The output projection, where tokens come into their order only after it.
-    projection: Option<(String, Option<String>, bool)>,
-}
-
-impl End {
-    fn find(rewriter: &Rewriter, shapes: &Shapes, heads: &Heads) -> Result<Self, String> {
-        let Heads { batch, tokens, size, .. } = *heads;
-        let hidden = heads.hidden();
-        let whole = u32::try_from(batch * tokens * hidden).map_err(|_| "it is too large")?;
-        debug_assert!(whole > 0 && size > 0);
-        let dims = shapes.of(&heads.output).ok_or("the result's dimensions are not known")?.to_vec();
-        let numbers = heads.places(false, tokens).map(|[batch, head, token, place]| {
-            u32::try_from(((batch * tokens + token) * heads.heads + head) * size + place).unwrap_or(0)
-        });
-        let mut elements = Elements { dims, source: numbers.collect() };
-        let (mut value, mut width, mut linear) = (heads.output.clone(), hidden, None);
-        loop {
-            let replaced = rewriter.producer(&value).ok_or("the result has no producer")?;
-            let end = |is_flat| {
-                let projection = linear
-                    .as_ref()
-                    .map(|linear: &Linear| (linear.weight.clone(), linear.bias.clone(), linear.is_transposed));
-                Ok(Self { value: value.clone(), replaced, is_flat, projection })
-            };
-            if elements.is_all_of(&[batch, tokens, width]) {
-                return end(false);
-            }
-            // Only where nothing puts the tokens in order later.
-            let next = rewriter.sole_consumer(&value);
-            let goes_on = next.is_some_and(|id| is_layout(rewriter, id));
-            if elements.is_all_of(&[batch * tokens, width]) && !goes_on {
-                return end(true);
-            }
-            let next = next.ok_or("the heads are not joined to tokens")?;
-            let output = rewriter.output(next, 0).to_owned();
-            if is_layout(rewriter, next) && rewriter.node(next).output.len() == 1 {
-                elements = elements.through(rewriter, next, 0).ok_or("the heads are joined in an unknown way")?;
-                value = output;
-                continue;
-            }
-            // A projection that leaves rows alone: tokens may come into order behind it.
-            let after = rewriter.sole_consumer(&output).filter(|id| rewriter.is(*id, "Add"));
-            let with_bias = after.map(|id| rewriter.output(id, 0).to_owned());
-            let candidates = [with_bias, Some(output)];
-            let found = candidates.into_iter().flatten().find_map(|end| {
-                Linear::of(rewriter, &end).filter(|linear| linear.input == value).map(|linear| (end, linear))
-            });
-            let (end, projection) = found.ok_or("the heads are not joined to tokens")?;
-            if linear.is_some() || !elements.source.chunks(width).all(|row| is_row(row, width)) {
-                return Err("the heads are not joined to tokens".to_owned());
-            }
-            let new_width = projection.width(rewriter).ok_or("the output projection has no width")?;
-            let rows = elements.source.chunks(width).map(|row| row[0] / u32::try_from(width).unwrap_or(1));
-            let new = u32::try_from(new_width).unwrap_or(0);
-            let source = rows.flat_map(|row| (0..new).map(move |column| row * new + column)).collect();
-            let mut dims = elements.dims.clone();
-            if let Some(last) = dims.last_mut() {
-                *last = new_width;
-            }
-            elements = Elements { dims, source };
-            (value, width, linear) = (end, new_width, Some(projection));
-        }
-    }
-
-    /// Puts the fused operator where the value came from.
-    fn insert(self, rewriter: &mut Rewriter, heads: &Heads, op: &str, inputs: &[&str], scale: f32) {
-        let count = i64::try_from(heads.heads).unwrap_or(0);
-        rewriter.remove(self.replaced);
-        let is_last = !self.is_flat && self.projection.is_none();
-        let output = if is_last { self.value.clone() } else { rewriter.fresh(&format!("{}/attention", self.value)) };
-        let node = rewriter.new_node(MICROSOFT, op, inputs, &[&output]);
-        let id = rewriter.insert(node);
-        rewriter.set_attribute(id, "num_heads", count);
-        rewriter.set_attribute(id, "scale", scale);
-        let mut last = output;
-        if let Some((weight, bias, is_transposed)) = self.projection {
-            let weight = if is_transposed { transposed(rewriter, &weight) } else { weight };
-            let is_end = !self.is_flat && bias.is_none();
-            let product = if is_end { self.value.clone() } else { rewriter.fresh(&format!("{}/product", self.value)) };
-            let node = rewriter.new_node("", "MatMul", &[&last, &weight], &[&product]);
-            rewriter.insert(node);
-            last = product;
-            if let Some(bias) = bias {
-                let sum =
-                    if self.is_flat { rewriter.fresh(&format!("{}/sum", self.value)) } else { self.value.clone() };
-                let node = rewriter.new_node("", "Add", &[&last, &bias], &[&sum]);
-                rewriter.insert(node);
-                last = sum;
-            }
-        }
-        if self.is_flat {
-            let width = i64::try_from(heads.hidden()).unwrap_or(0);
-            let shape = rewriter.add_constant(&format!("{}/flat", self.value), &Tensor::indices(&[-1, width]));
-            let node = rewriter.new_node("", "Reshape", &[&last, &shape], &[&self.value]);
-            rewriter.insert(node);
-        }
-    }
-}
-
-/// True if the elements are one row, in order.
-fn is_row(row: &[u32], width: usize) -> bool {
-    (row[0] as usize).is_multiple_of(width) && row.windows(2).all(|pair| pair[1] == pair[0] + 1)
-}
-
-/// A constant matrix turned, as a new constant.
-fn transposed(rewriter: &mut Rewriter, weight: &str) -> String {
-    let linear = Linear { input: String::new(), weight: weight.to_owned(), is_transposed: true, bias: None };
-    match linear.matrix(rewriter) {
-        Some(matrix) => rewriter.add_constant(&format!("{weight}/transposed"), &matrix),
-        None => weight.to_owned(),
     }
 }
 
