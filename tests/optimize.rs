@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use slidestream::onnx::Model;
 use slidestream::slide::synthetic::{SvsOptions, SyntheticSlide, Tissue};
 
 use support::{Json, Workplace, table};
@@ -115,6 +116,28 @@ fn a_unet_becomes_int8_and_runs_on_a_slide() {
             assert!((a - b).abs() < 0.03, "{a} {b}");
         }
     }
+}
+
+#[test]
+fn variants_for_openvino_have_standard_operators_alone() {
+    let place = Workplace::new();
+    let (slide, out) = (slide(&place), place.at("made"));
+    let more = ["--for", "openvino", "--calibrate", slide.to_str().unwrap(), "--tiles", "8", "--min-cosine", "0.99"];
+    let more: Vec<&str> = more.into_iter().chain(["--out", out.to_str().unwrap()]).collect();
+    let done = place.slidestream(arguments("optimize", &fixture("unet.onnx"), &more, "segmentation"));
+    done.code(0).shows(&["fp32-openvino", "int8-openvino"]);
+    for variant in record(&out)["variants"].as_array().unwrap() {
+        assert_eq!(variant["provider"], "openvino");
+        let model = Model::load(&out.join(variant["file"].as_str().unwrap())).unwrap();
+        let counts = model.op_counts();
+        assert!(counts.keys().all(|op| !op.contains('.')), "{counts:?}");
+        // Transposed convolutions are left to OpenVINO, each operand of a quantised one behind its own scale.
+        assert!(counts.contains_key("ConvTranspose"), "{counts:?}");
+        assert_eq!(counts.contains_key("DequantizeLinear"), variant["name"] == "int8-openvino");
+        assert!(variant["speed"].is_null() || variant["speed"]["ratio"].as_f64().unwrap() > 0.0);
+    }
+    let more = ["--for", "openvino", "--to", "fp16"];
+    place.slidestream(arguments("optimize", &fixture("unet.onnx"), &more, "segmentation")).code(2).says(&["FP16"]);
 }
 
 #[test]

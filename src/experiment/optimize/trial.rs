@@ -18,6 +18,8 @@ use crate::report::{SpeedRecord, VariantAgreement, VariantRecord};
 const TURN_SECS: f64 = 0.15;
 /// Tiles that speed is measured on.
 const MOST_TILES: usize = 64;
+/// Threads of a session in a run on the CPU, where each core has one of its own.
+const AS_IN_A_RUN: Option<NonZeroUsize> = NonZeroUsize::new(1);
 
 /// The original, ready to be compared with.
 pub(super) struct Trial<'a> {
@@ -51,7 +53,7 @@ impl<'a> Trial<'a> {
     ) -> Result<Self, ExperimentError> {
         // Raw outputs: an activation hides differences where it saturates.
         let card = ModelCard { activation: Activation::None, ..card.clone() };
-        let mut session = open(&card, original, Provider::Cpu)?;
+        let mut session = open(&card, original, Provider::Cpu, None)?;
         let predictions = agreement::predict(&mut session, &request.tiles.slices(), 1)?;
         Ok(Self { card, original: original.clone(), predictions, request })
     }
@@ -67,7 +69,7 @@ impl<'a> Trial<'a> {
     }
 
     fn agreement(&self, variant: &Variant, provider: Provider) -> Result<Agreement, ExperimentError> {
-        let mut session = open(&self.card, variant, provider)?;
+        let mut session = open(&self.card, variant, provider, None)?;
         let tiles = self.request.tiles.slices();
         let predictions = agreement::predict(&mut session, &tiles, 1)?;
         // The batch must be as open as the original's.
@@ -122,11 +124,16 @@ impl<'a> Trial<'a> {
         };
         let tiles = self.request.tiles.slices();
         let tiles = &tiles[..tiles.len().min(MOST_TILES)];
-        let mut sessions: Vec<Box<dyn Session>> = vec![Box::new(open(&self.card, &self.original, provider)?)];
+        // OpenVINO takes all cores for a session, so the original has them too; it runs as it would without OpenVINO.
+        let (plain, threads) = match provider {
+            Provider::OpenVino => (Provider::Cpu, None),
+            _ => (provider, AS_IN_A_RUN),
+        };
+        let mut sessions: Vec<Box<dyn Session>> = vec![Box::new(open(&self.card, &self.original, plain, threads)?)];
         for (_, variant, ..) in tried {
-            sessions.push(Box::new(open(&self.card, variant, provider)?));
+            sessions.push(Box::new(open(&self.card, variant, provider, threads)?));
         }
-        let batch = if provider == Provider::Cpu { 1 } else { tiles.len() };
+        let batch = if provider.runs_on(Device::Cpu) { 1 } else { tiles.len() };
         let count = turn_size(sessions[0].as_mut(), tiles, batch)?;
         let contestants = sessions.iter_mut().map(|session| {
             Box::new(move || {
@@ -206,10 +213,15 @@ fn here(provider: Provider) -> Option<Provider> {
     device::resolve(&devices, ProviderRequest::Named(provider), None).ok().map(|resolved| resolved.provider)
 }
 
-/// A session as a run has them: one thread on a CPU.
-fn open(card: &ModelCard, variant: &Variant, provider: Provider) -> Result<impl Session + 'static, SessionError> {
+/// A session with so many threads on a CPU; `None` for one per core.
+fn open(
+    card: &ModelCard,
+    variant: &Variant,
+    provider: Provider,
+    intra_threads: Option<NonZeroUsize>,
+) -> Result<impl Session + 'static, SessionError> {
     let device = if provider.runs_on(Device::Cpu) { Device::Cpu } else { Device::Cuda { index: 0 } };
-    let options = SessionOptions { device, provider, intra_threads: NonZeroUsize::new(1) };
+    let options = SessionOptions { device, provider, intra_threads };
     SessionFactory::new(card, variant, options)?.open()
 }
 
