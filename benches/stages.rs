@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::Axis;
 use serde_json::json;
-use slidestream::engine::config::{TilingConfig, TissueSource};
+use slidestream::engine::config::TilingConfig;
 use slidestream::engine::plan::{self, SlidePlan};
 use slidestream::geometry::{Level0Rect, TilePosition};
 use slidestream::inference::{
@@ -42,18 +42,7 @@ fn main() {
 }
 
 fn plan_of(slide: &Path, card: &ModelCard, region: Level0Rect) -> SlidePlan {
-    let tiling = TilingConfig {
-        tile_size: card.tile_size,
-        overlap: card.overlap,
-        target_mpp: card.mpp,
-        mpp_tolerance: 0.05,
-        slide_mpp: None,
-        region: Some(region),
-        max_tiles: None,
-        tissue: TissueSource::Otsu,
-        min_tissue: 0.1,
-        coords: None,
-    };
+    let tiling = TilingConfig { region: Some(region), ..TilingConfig::of(card) };
     plan::plan(Slide::open(slide).unwrap(), &tiling).unwrap()
 }
 

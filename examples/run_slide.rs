@@ -8,7 +8,7 @@ use std::error::Error;
 use std::path::Path;
 
 use slidestream::engine::cohort::{self, CohortOptions, Event, OutputFolder};
-use slidestream::engine::config::{Emit, OnFailure, RunConfig, TilingConfig, TissueSource};
+use slidestream::engine::config::{Emit, OnFailure, RunConfig, TilingConfig};
 use slidestream::engine::{Engine, LoadRequest, inputs};
 use slidestream::inference::{BareModel, DeviceRequest, ModelCard, ProviderRequest};
 use slidestream::pipeline::Cancel;
@@ -22,18 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let card = ModelCard::load(Path::new("models/cells-vit"), &BareModel::default())?;
     let config = RunConfig {
-        tiling: TilingConfig {
-            tile_size: card.tile_size,
-            overlap: card.overlap,
-            target_mpp: card.mpp,
-            mpp_tolerance: 0.05,
-            slide_mpp: None,
-            region: None,
-            max_tiles: None,
-            tissue: TissueSource::Otsu,
-            min_tissue: 0.1,
-            coords: None,
-        },
+        tiling: TilingConfig::of(&card),
         threshold: 0.5,
         emit: vec![Emit::Csv, Emit::Png],
         on_tile_error: OnFailure::Fail,

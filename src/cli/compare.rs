@@ -6,16 +6,16 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use slidestream::engine::cohort;
-use slidestream::experiment::compare::{self, Alone, CompareRequest, Findings, Gates, MostFlips};
+use slidestream::experiment::compare::{self, Alone, CompareRequest, Gates, MostFlips};
 use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use slidestream::native;
 use slidestream::output::write_atomic;
 use slidestream::report::compare::{
-    COMPARE_SCHEMA, CompareRecord, GateRecord, LadderRow, RateRecord, ResourcesRecord, conclusions, to_csv,
+    COMPARE_SCHEMA, CompareRecord, Findings, GateRecord, LadderRow, RateRecord, ResourcesRecord, conclusions, to_csv,
 };
 use slidestream::report::{compare_html, to_json};
 
-use super::options::BareOptions;
+use super::options::BareModelOptions;
 use super::{Failure, Outcome, prepare, say, show};
 
 /// Writes compare.json, compare.csv and compare.html; exit code 4 if a gate fails
@@ -66,11 +66,8 @@ pub(super) struct Args {
     /// Do one step and print what it took; the program calls itself so
     #[arg(long, hide = true)]
     alone: Option<Alone>,
-    /// Resolution that the model sees, in µm/px
-    #[arg(long, value_name = "X", help_heading = "For a bare .onnx model")]
-    target_mpp: Option<slidestream::geometry::Mpp>,
     #[command(flatten)]
-    bare: BareOptions,
+    bare: BareModelOptions,
 }
 
 pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
@@ -89,7 +86,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
             say(line);
         }
     };
-    let out = args.out.clone().unwrap_or_else(|| beside(&args.model[0]));
+    let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.model[0], "compare"));
     let found = compare::compare(&request, &mut in_own_process, &mut talk)?;
     let record = record(found, started);
     let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
@@ -97,7 +94,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     write_atomic(&out.join("compare.html"), compare_html(&record).as_bytes())?;
     write_atomic(&out.join("compare.json"), &to_json(&record))?;
     show(&summary(&record, &out));
-    Ok(if record.gates.iter().all(|gate| gate.passed) { Outcome::Done } else { Outcome::GateFailed })
+    Ok(if record.found.gates.iter().all(|gate| gate.passed) { Outcome::Done } else { Outcome::GateFailed })
 }
 
 fn request(args: &Args) -> Result<CompareRequest, Failure> {
@@ -108,7 +105,7 @@ fn request(args: &Args) -> Result<CompareRequest, Failure> {
     }
     let seconds = Duration::try_from_secs_f64(args.seconds).ok().filter(|seconds| !seconds.is_zero());
     let seconds = seconds.ok_or_else(|| Failure::usage(format!("--seconds {}: must be above 0", args.seconds)))?;
-    let bare = args.bare.model(args.target_mpp)?;
+    let bare = args.bare.model()?;
     Ok(CompareRequest {
         models: args.model.iter().map(|path| ModelCard::load(path, &bare)).collect::<Result<_, _>>()?,
         variants: args.variants.clone(),
@@ -121,15 +118,6 @@ fn request(args: &Args) -> Result<CompareRequest, Failure> {
         seconds,
         gates: Gates { min_cosine: args.min_cosine, max_flips: args.max_flips, max_metric_loss: args.max_metric_loss },
     })
-}
-
-/// `<model>-compare` beside the model's folder or file.
-fn beside(model: &Path) -> PathBuf {
-    let is_inside = model.is_file() && model.extension().is_some_and(|extension| extension != "onnx");
-    let model = if is_inside { model.parent().unwrap_or(model) } else { model };
-    let mut name = model.file_stem().unwrap_or_default().to_owned();
-    name.push("-compare");
-    model.with_file_name(name)
 }
 
 /// This very command line for one step, so that its memory is its own.
@@ -146,17 +134,10 @@ fn record(found: Findings, started: String) -> CompareRecord {
         started,
         finished: cohort::now(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect(),
+        command: prepare::command(),
         libraries: prepare::libraries(),
         hardware: prepare::hardware(),
-        models: found.models,
-        input: found.input,
-        measuring: found.measuring,
-        ladder: found.ladder,
-        agreement: found.agreement,
-        accuracy: found.accuracy,
-        gates: found.gates,
-        pictures: found.pictures,
+        found,
         conclusions: Vec::new(),
     };
     record.conclusions = conclusions(&record);
@@ -166,13 +147,13 @@ fn record(found: Findings, started: String) -> CompareRecord {
 fn summary(record: &CompareRecord, out: &Path) -> String {
     let heads = ["", "step", "variant", "batch", "model alone", "", "end to end", "", "memory"];
     let mut rows = vec![heads.map(str::to_owned)];
-    rows.extend(record.ladder.iter().enumerate().map(|(index, row)| cells(index, row)));
+    rows.extend(record.found.ladder.iter().enumerate().map(|(index, row)| cells(index, row)));
     let mut text = aligned(&rows);
     text.push('\n');
     for sentence in &record.conclusions {
         writeln!(text, "{sentence}").ok();
     }
-    for gate in &record.gates {
+    for gate in &record.found.gates {
         let GateRecord { variant, name, reason, passed, .. } = gate;
         writeln!(text, "gate {}: {variant}: {name}: {reason}", if *passed { "passed" } else { "failed" }).ok();
     }

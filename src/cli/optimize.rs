@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use slidestream::engine::cohort;
 use slidestream::experiment::optimize::{self, OptimizeRequest, Precision, Target};
-use slidestream::experiment::tiles::{self, TileSet};
+use slidestream::experiment::tiles::TileSet;
 use slidestream::inference::{ModelCard, device};
 use slidestream::native;
 use slidestream::output;
 use slidestream::report::{self, OPTIMIZE_SCHEMA, OptimizeRecord, SpeedRecord, VariantRecord};
 
-use super::options::BareOptions;
+use super::options::BareModelOptions;
 use super::{Failure, Outcome, columns, prepare, say, show};
 
 /// Writes a model folder: the original, its variants, a card that lists them, and optimize.json
@@ -60,11 +60,8 @@ pub(super) struct Args {
     /// Say nothing but errors and results
     #[arg(long)]
     quiet: bool,
-    /// Resolution that the model sees, in µm/px
-    #[arg(long, value_name = "X", help_heading = "For a bare .onnx model")]
-    target_mpp: Option<slidestream::geometry::Mpp>,
     #[command(flatten)]
-    bare: BareOptions,
+    bare: BareModelOptions,
 }
 
 pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
@@ -73,7 +70,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         return Err(Failure::usage(format!("--min-cosine {}: must be between 0 and 1", args.min_cosine)));
     }
     native::onnx_runtime()?;
-    let card = ModelCard::load(&args.model, &args.bare.model(args.target_mpp)?)?;
+    let card = ModelCard::load(&args.model, &args.bare.model()?)?;
     let request = request(args, &card)?;
     let mut talk = |line: &str| {
         if !args.quiet {
@@ -86,7 +83,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         schema: OPTIMIZE_SCHEMA.to_owned(),
         started,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect(),
+        command: prepare::command(),
         libraries: prepare::libraries(),
         hardware: prepare::hardware(),
         source: args.model.display().to_string(),
@@ -118,7 +115,7 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
         (TileSet::synthetic(card.tile_size, count, args.seed), None)
     } else {
         native::openslide()?;
-        let read = |seed| TileSet::read(&args.calibrate, card, &tiles::tiling(card), count, seed);
+        let read = |seed| TileSet::read(&args.calibrate, card, count, seed);
         // Compared on other tiles than those that were calibrated on.
         (read(args.seed.wrapping_add(1))?, Some(read(args.seed)?))
     };
@@ -133,17 +130,8 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
         min_cosine: args.min_cosine,
         reduce_range: !device::list().cpu.features.iter().any(|feature| feature.contains("vnni")),
         most_time: Duration::from_secs(args.seconds),
-        out: args.out.clone().unwrap_or_else(|| beside(&args.model)),
+        out: args.out.clone().unwrap_or_else(|| prepare::beside(&args.model, "optimized")),
     })
-}
-
-/// `<model>-optimized` beside the model's folder or file.
-fn beside(model: &Path) -> PathBuf {
-    let is_inside = model.is_file() && model.extension().is_some_and(|extension| extension != "onnx");
-    let model = if is_inside { model.parent().unwrap_or(model) } else { model };
-    let mut name = model.file_stem().unwrap_or_default().to_owned();
-    name.push("-optimized");
-    model.with_file_name(name)
 }
 
 fn explanation(variants: &[VariantRecord]) -> String {

@@ -105,6 +105,23 @@ pub(crate) struct BareOptions {
     pool: Option<Text>,
 }
 
+/// What is said of a model that has no card, where nothing else tells at which resolution it sees slides.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct BareModelOptions {
+    /// Resolution that the model sees, in µm/px
+    #[arg(long, value_name = "X", help_heading = "For a bare .onnx model")]
+    target_mpp: Option<Mpp>,
+    #[command(flatten)]
+    rest: BareOptions,
+}
+
+impl BareModelOptions {
+    /// The model that a bare `.onnx` file is.
+    pub(super) fn model(&self) -> Result<BareModel, Failure> {
+        self.rest.model(self.target_mpp)
+    }
+}
+
 /// What a run does with slides.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]

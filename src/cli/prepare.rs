@@ -1,7 +1,7 @@
 //! From options to a loaded engine, and the account of the machine that it runs on.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use slidestream::engine::config::{Emit, RunConfig};
 use slidestream::engine::inputs::SlideInput;
@@ -57,7 +57,7 @@ pub(super) fn run_record(engine: &Engine, slides: &[SlideInput]) -> RunRecord {
         started: cohort::now(),
         finished: None,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect(),
+        command: command(),
         libraries: libraries(),
         hardware: hardware(),
         model: engine.model().clone(),
@@ -73,6 +73,21 @@ fn applicable(task: Task) -> &'static [Emit] {
         Task::Classification | Task::Segmentation => &[Emit::Csv, Emit::GeoJson, Emit::Tiff, Emit::Png],
         Task::Features => &[Emit::Csv, Emit::GeoJson, Emit::Png, Emit::H5],
     }
+}
+
+/// The command line, as it was typed.
+pub(super) fn command() -> Vec<String> {
+    std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect()
+}
+
+/// `<model>-<suffix>` beside the model's folder or file.
+pub(super) fn beside(model: &Path, suffix: &str) -> PathBuf {
+    let is_inside = model.is_file() && model.extension().is_some_and(|extension| extension != "onnx");
+    let model = if is_inside { model.parent().unwrap_or(model) } else { model };
+    let mut name = model.file_stem().unwrap_or_default().to_owned();
+    name.push("-");
+    name.push(suffix);
+    model.with_file_name(name)
 }
 
 pub(super) fn libraries() -> BTreeMap<String, LibraryRecord> {

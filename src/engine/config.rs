@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::geometry::{Level0Rect, Mpp};
+use crate::inference::ModelCard;
 
 /// How a slide is cut into tiles.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,6 +31,25 @@ pub struct TilingConfig {
     pub min_tissue: f64,
     /// Take the tiles of this file instead of a grid.
     pub coords: Option<PathBuf>,
+}
+
+impl TilingConfig {
+    /// How a run without further settings cuts slides for a model.
+    #[must_use]
+    pub fn of(card: &ModelCard) -> Self {
+        Self {
+            tile_size: card.tile_size,
+            overlap: card.overlap,
+            target_mpp: card.mpp,
+            mpp_tolerance: 0.05,
+            slide_mpp: None,
+            region: None,
+            max_tiles: None,
+            tissue: TissueSource::Otsu,
+            min_tissue: 0.1,
+            coords: None,
+        }
+    }
 }
 
 /// Where the tissue mask comes from.

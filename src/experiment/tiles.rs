@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use walkdir::WalkDir;
 
 use super::ExperimentError;
-use crate::engine::config::{TilingConfig, TissueSource};
+use crate::engine::config::TilingConfig;
 use crate::engine::inputs::{self, SlideInput};
 use crate::engine::plan;
 use crate::inference::ModelCard;
@@ -23,23 +23,6 @@ pub struct TileSet {
     pub source: String,
 }
 
-/// How a run without further settings cuts slides for a model.
-#[must_use]
-pub fn tiling(card: &ModelCard) -> TilingConfig {
-    TilingConfig {
-        tile_size: card.tile_size,
-        overlap: card.overlap,
-        target_mpp: card.mpp,
-        mpp_tolerance: 0.05,
-        slide_mpp: None,
-        region: None,
-        max_tiles: None,
-        tissue: TissueSource::Otsu,
-        min_tissue: 0.1,
-        coords: None,
-    }
-}
-
 /// Extensions of images that are cut into tiles.
 const IMAGES: [&str; 5] = ["png", "jpg", "jpeg", "tif", "tiff"];
 
@@ -49,27 +32,23 @@ impl TileSet {
     ///
     /// # Errors
     /// [`ExperimentError`] if something can't be read, or nothing is found.
-    pub fn read(
-        paths: &[PathBuf],
-        card: &ModelCard,
-        tiling: &TilingConfig,
-        count: usize,
-        seed: u64,
-    ) -> Result<Self, ExperimentError> {
+    pub fn read(paths: &[PathBuf], card: &ModelCard, count: usize, seed: u64) -> Result<Self, ExperimentError> {
         let mut slides = Vec::new();
         let mut images = Vec::new();
         for path in paths {
             let found = images_in(path);
-            match found.is_empty() || is_slide(path) {
-                true => slides.extend(inputs::slides(std::slice::from_ref(path))?),
-                false => images.extend(found),
+            // Without images it must be slides, and if it is none either that is an error.
+            if found.is_empty() || files(path).any(|file| is_slide(&file)) {
+                slides.extend(inputs::slides(std::slice::from_ref(path))?);
             }
+            images.extend(found);
         }
+        let tiling = TilingConfig::of(card);
         let share = count.div_ceil((slides.len() + images.len()).max(1));
         let mut random = StdRng::seed_from_u64(seed);
         let mut tiles = Vec::with_capacity(count);
         for slide in &slides {
-            tiles.extend(of_slide(slide, tiling, share, &mut random)?);
+            tiles.extend(of_slide(slide, &tiling, share, &mut random)?);
         }
         for image in &images {
             tiles.extend(of_image(image, card.tile_size, share, &mut random)?);
@@ -110,8 +89,12 @@ fn images_in(path: &Path) -> Vec<PathBuf> {
         let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
         path.is_file() && extension.is_some_and(|extension| IMAGES.contains(&extension.as_str()))
     };
-    let entries = WalkDir::new(path).sort_by_file_name().into_iter().flatten().map(walkdir::DirEntry::into_path);
-    entries.filter(|path| is_image(path) && !is_slide(path)).collect()
+    files(path).filter(|path| is_image(path) && !is_slide(path)).collect()
+}
+
+/// The files of a folder and of those in it, or the file itself.
+fn files(path: &Path) -> impl Iterator<Item = PathBuf> {
+    WalkDir::new(path).sort_by_file_name().into_iter().flatten().map(walkdir::DirEntry::into_path)
 }
 
 fn of_slide(
@@ -155,6 +138,7 @@ fn of_image(path: &Path, side: u32, count: usize, random: &mut StdRng) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::slide::synthetic::SvsOptions;
 
     #[test]
     fn made_up_tiles_differ_and_repeat_with_the_seed() {
@@ -182,5 +166,16 @@ mod tests {
             assert_eq!(tile[(16 * 16 - 1) * 3..], [x + 15, y + 15, 9]);
         }
         assert_eq!(images_in(folder.path()).len(), 1);
+    }
+
+    #[test]
+    fn a_folder_may_hold_slides_and_images() {
+        let folder = tempfile::tempdir().unwrap();
+        let card = ModelCard::load(Path::new("models/cells-vit"), &crate::inference::BareModel::default()).unwrap();
+        let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(400, 300, 1) };
+        slide.write(&folder.path().join("a.svs"), &SvsOptions::default()).unwrap();
+        image::RgbImage::from_pixel(200, 200, image::Rgb([200, 100, 150])).save(folder.path().join("b.png")).unwrap();
+        let set = TileSet::read(&[folder.path().to_owned()], &card, 4, 1).unwrap();
+        assert_eq!((set.tiles.len(), set.source.as_str()), (4, "4 tiles of 1 slides and 1 images, seed 1"));
     }
 }

@@ -9,7 +9,7 @@ use ndarray::Axis;
 use crate::engine::config::{Emit, OnFailure, RunConfig, TilingConfig};
 use crate::engine::plan::{self, SlidePlan};
 use crate::engine::stitch_spec;
-use crate::experiment::{ExperimentError, tiles};
+use crate::experiment::ExperimentError;
 use crate::geometry::Level0Rect;
 use crate::inference::{ModelCard, Prediction, Session};
 use crate::slide::{ReadOptions, Slide, TileReader};
@@ -39,7 +39,7 @@ pub(super) struct Walk {
 impl Course {
     /// About `wanted` tissue tiles of the slide, side by side.
     pub(super) fn new(path: &Path, card: &ModelCard, wanted: usize) -> Result<Self, ExperimentError> {
-        let mut tiling = tiles::tiling(card);
+        let mut tiling = TilingConfig::of(card);
         let mut plan = plan::plan(Slide::open(path)?, &tiling)?;
         let slide_tiles = plan.positions.len() as u64;
         if plan.positions.is_empty() {

@@ -2,9 +2,9 @@
 
 use super::alone::Alone;
 use super::speed::Timed;
-use super::subjects::{BatchSize, Kind, LeftOut, Subject};
+use super::subjects::{BatchSize, Kind, Subject};
 use crate::measure::{Bootstrap, Samples};
-use crate::report::compare::{GateRecord, LadderRow, RateRecord, ResourcesRecord};
+use crate::report::compare::{GateRecord, LadderRow, LeftOutRecord, RateRecord, ResourcesRecord};
 
 /// How tiles get to the model and on from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +122,7 @@ impl Ladder {
         subjects: &[Subject],
         measured: &Measured<'_>,
         gates: &[GateRecord],
-        left_out: &[LeftOut],
+        left_out: &[LeftOutRecord],
     ) -> (Vec<LadderRow>, usize) {
         let row = |(index, step): (usize, &Step)| self.row(subjects, measured, index, step);
         let mut rows: Vec<LadderRow> = self.steps.iter().enumerate().map(row).collect();
@@ -133,7 +133,6 @@ impl Ladder {
         let mut everything = LadderRow { name: "everything".to_owned(), ..rows[best].clone() };
         let gated = if gates.is_empty() { "" } else { " that passes every gate" };
         let mut notes = vec![format!("step {}, the fastest{gated}: its samples", best + 1)];
-        notes.extend(left_out.iter().map(|out| format!("{} left out: {}", out.name, out.why)));
         let has = |kind| subjects.iter().any(|subject| Kind::of(&subject.name) == kind);
         let missing: Vec<&str> = [(Kind::Fp16, "FP16"), (Kind::Int8, "INT8")]
             .into_iter()

@@ -29,11 +29,10 @@ use self::ladder::Ladder;
 use self::speed::Timed;
 use self::subjects::Subject;
 use super::ExperimentError;
-use super::tiles::{self, TileSet};
+use super::tiles::TileSet;
 use crate::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use crate::report::compare::{
-    AccuracyRecord, AgreementRecord, ComparedInput, ComparedModel, ComparedVariant, GateRecord, LadderRow,
-    MeasuringRecord, PictureRecord, ResourcesRecord,
+    ComparedInput, ComparedModel, ComparedVariant, Findings, MeasuringRecord, ResourcesRecord,
 };
 
 /// The probability at which a tile changes sides, as in a run without further settings.
@@ -68,32 +67,11 @@ pub struct CompareRequest {
     pub gates: Gates,
 }
 
-/// What was found out: the parts of `compare.json` that do not depend on the machine.
-#[derive(Clone, Debug)]
-pub struct Findings {
-    /// The models with the variants that were compared.
-    pub models: Vec<ComparedModel>,
-    /// What they ran over.
-    pub input: ComparedInput,
-    /// How the times were taken.
-    pub measuring: MeasuringRecord,
-    /// The steps.
-    pub ladder: Vec<LadderRow>,
-    /// Each variant's outputs against the original's.
-    pub agreement: Vec<AgreementRecord>,
-    /// Each variant against labels.
-    pub accuracy: Option<AccuracyRecord>,
-    /// What was to be kept, and whether it was.
-    pub gates: Vec<GateRecord>,
-    /// Maps of the original, of a variant, and their difference.
-    pub pictures: Vec<PictureRecord>,
-}
-
 /// Compares; `say` is told what is being done, `in_own_process` runs [`alone()`] in a process of its own.
 ///
 /// # Errors
 /// [`ExperimentError`] if a model, the slide or the labels can't be read, or the original does not run. A variant that
-/// does not run is left out, and its row says why.
+/// does not run is left out, and that is said.
 pub fn compare(
     request: &CompareRequest,
     in_own_process: &mut dyn FnMut(&Alone) -> Option<ResourcesRecord>,
@@ -150,6 +128,7 @@ pub fn compare(
     };
     Ok(Findings {
         models: models(request, &subjects),
+        left_out,
         input: ComparedInput { source, tiles: tiles.tiles.len() as u64, slide_tiles },
         measuring: measuring(request, &model_only, end_to_end.as_ref()),
         ladder: rows,
@@ -171,7 +150,7 @@ fn tiles_of(
         (None, Some(labelled)) => labelled.images(),
         (None, None) => return Ok((TileSet::synthetic(card.tile_size, request.tiles, SEED), false)),
     };
-    Ok((TileSet::read(&paths, card, &tiles::tiling(card), request.tiles, SEED)?, true))
+    Ok((TileSet::read(&paths, card, request.tiles, SEED)?, true))
 }
 
 fn models(request: &CompareRequest, subjects: &[Subject]) -> Vec<ComparedModel> {

@@ -9,6 +9,7 @@ use crate::inference::{
     Activation, Device, ModelCard, OrtSession, Provider, Session, SessionError, SessionFactory, SessionOptions, Task,
     Variant, device,
 };
+use crate::report::compare::LeftOutRecord;
 
 /// Batch of the step that adds batching where the device's own batch is smaller.
 const BATCHED: usize = 8;
@@ -24,13 +25,6 @@ pub(super) struct Subject {
     pub(super) variant: Variant,
     pub(super) device: Device,
     pub(super) provider: Provider,
-}
-
-/// A variant that is not compared.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct LeftOut {
-    pub(super) name: String,
-    pub(super) why: String,
 }
 
 /// What a variant adds to the original, by its name.
@@ -83,7 +77,7 @@ impl Subject {
 }
 
 /// The subjects, the original first, and the variants that are made for another device.
-pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<LeftOut>), ExperimentError> {
+pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<LeftOutRecord>), ExperimentError> {
     let Some(first) = request.models.first() else { return Ok((Vec::new(), Vec::new())) };
     for name in &request.variants {
         if !request.models.iter().any(|card| card.variants.contains_key(name)) {
@@ -102,7 +96,7 @@ pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<Le
             {
                 let made_for = variant.provider.map_or_else(String::new, |provider| provider.to_string());
                 let why = format!("made for {made_for}, not for {}", original.device);
-                left_out.push(LeftOut { name, why });
+                left_out.push(LeftOutRecord { name, why });
                 continue;
             }
             match device::resolve(&request.devices, request.provider, variant.provider) {
@@ -112,7 +106,7 @@ pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<Le
                     subjects.push(Subject { name, model, card, variant, device, provider: found.provider });
                 }
                 Err(error) if is_original => return Err(error.into()),
-                Err(error) => left_out.push(LeftOut { name, why: crate::engine::chain(&error) }),
+                Err(error) => left_out.push(LeftOutRecord { name, why: crate::engine::chain(&error) }),
             }
         }
     }
@@ -123,7 +117,7 @@ pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<Le
 pub(super) fn that_run(
     subjects: Vec<Subject>,
     tiles: &TileSet,
-    left_out: &mut Vec<LeftOut>,
+    left_out: &mut Vec<LeftOutRecord>,
 ) -> Result<Vec<Subject>, ExperimentError> {
     let mut running = Vec::new();
     for subject in subjects {
@@ -131,7 +125,7 @@ pub(super) fn that_run(
         match subject.open().and_then(|mut session| session.predict(&tiles[..tiles.len().min(2)])) {
             Ok(_) => running.push(subject),
             Err(error) if running.is_empty() => return Err(error.into()),
-            Err(error) => left_out.push(LeftOut { name: subject.name, why: crate::engine::chain(&error) }),
+            Err(error) => left_out.push(LeftOutRecord { name: subject.name, why: crate::engine::chain(&error) }),
         }
     }
     Ok(running)

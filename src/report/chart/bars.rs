@@ -10,7 +10,7 @@ const BAR: f64 = 13.0;
 pub(in super::super) fn rates(record: &CompareRecord, width: f64, class: &str) -> String {
     let mut svg = Svg::new(width);
     let series = series_of(record);
-    let rates = || record.ladder.iter().flat_map(|row| SERIES.iter().filter_map(|(_, _, rate_of)| rate_of(row)));
+    let rates = || record.found.ladder.iter().flat_map(|row| SERIES.iter().filter_map(|(_, _, rate_of)| rate_of(row)));
     let labels = rates().map(|rate| label_of(rate).iter().map(|part| text_width(part, TEXT) + 4.0).sum());
     let label_width = labels.fold(60.0, f64::max) + 10.0;
     let fastest = rates().map(|rate| rate.tiles_per_sec).filter(|rate| rate.is_finite()).fold(0.0, f64::max);
@@ -21,14 +21,15 @@ pub(in super::super) fn rates(record: &CompareRecord, width: f64, class: &str) -
         svg.legend(12.0, &series);
     }
     let row_height = |index: usize| {
-        let bars = SERIES.iter().filter(|(_, _, rate_of)| rate_of(&record.ladder[index]).is_some()).count().max(1);
+        let bars =
+            SERIES.iter().filter(|(_, _, rate_of)| rate_of(&record.found.ladder[index]).is_some()).count().max(1);
         22.0 + bars as f64 * (BAR + 3.0) + 9.0
     };
-    let bottom = top + (0..record.ladder.len()).map(row_height).sum::<f64>();
+    let bottom = top + (0..record.found.ladder.len()).map(row_height).sum::<f64>();
     svg.x_axis(&scale, [top, bottom], "tiles per second", tick);
 
     let mut y = top;
-    for (index, row) in record.ladder.iter().enumerate() {
+    for (index, row) in record.found.ladder.iter().enumerate() {
         svg.open(&row.name);
         svg.step_name(y + 15.0, index + 1, &row.name, &format!("{} · batch {}", row.variant, row.batch));
         let mut bar_y = y + 22.0;

@@ -227,7 +227,7 @@ impl Svg {
 
 /// The series that some step has, as class and name.
 fn series_of(record: &CompareRecord) -> Vec<(&'static str, &'static str)> {
-    let is_measured = |rate_of: RateOf| record.ladder.iter().any(|row| rate_of(row).is_some());
+    let is_measured = |rate_of: RateOf| record.found.ladder.iter().any(|row| rate_of(row).is_some());
     SERIES.iter().filter(|(_, _, rate_of)| is_measured(*rate_of)).map(|(class, name, _)| (*class, *name)).collect()
 }
 
@@ -337,14 +337,14 @@ mod tests {
         draw_all(&with_steps(&[("original", "fp32", 1, Some(12.0), None)]));
         draw_all(&with_steps(&[("original", "fp32", 1, None, None), ("other", "int8", 1, None, None)]));
         let mut record = example();
-        for row in &mut record.ladder {
+        for row in &mut record.found.ladder {
             let rate = row.model_only.as_mut().unwrap();
             (rate.tiles_per_sec, rate.samples_ms[0], rate.ms_per_tile.median) = (f64::NAN, f64::INFINITY, f64::NAN);
         }
-        record.ladder[2].end_to_end.as_mut().unwrap().tiles_per_sec = f64::INFINITY;
-        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        record.found.ladder[2].end_to_end.as_mut().unwrap().tiles_per_sec = f64::INFINITY;
+        record.found.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
         draw_all(&record);
-        record.ladder.clear();
+        record.found.ladder.clear();
         draw_all(&record);
     }
 

@@ -31,7 +31,7 @@ pub(in super::super) fn speed_against_agreement(record: &CompareRecord, width: f
         ("tiles of the same class", |a| a.top1_agreement),
     ]
     .into_iter()
-    .find(|(_, of)| record.agreement.iter().any(|agreement| of(agreement).is_some_and(f64::is_finite)))?;
+    .find(|(_, of)| record.found.agreement.iter().any(|agreement| of(agreement).is_some_and(f64::is_finite)))?;
     let points = points(record, of);
     if points.is_empty() {
         return None;
@@ -106,7 +106,7 @@ fn points(record: &CompareRecord, of: fn(&AgreementRecord) -> Option<f64>) -> Ve
             is_good: !matches!(verdict(record, index), Verdict::FailsGate | Verdict::Slower),
         })
     };
-    record.ladder.iter().enumerate().filter_map(point).collect()
+    record.found.ladder.iter().enumerate().filter_map(point).collect()
 }
 
 /// `0.999` for three nines.

@@ -13,15 +13,15 @@ const STRIP: f64 = 20.0;
 pub(in super::super) fn latencies(record: &CompareRecord, width: f64, class: &str) -> String {
     let mut svg = Svg::new(width);
     let series = series_of(record);
-    let rates = || record.ladder.iter().flat_map(|row| SERIES.iter().filter_map(|(_, _, rate_of)| rate_of(row)));
+    let rates = || record.found.ladder.iter().flat_map(|row| SERIES.iter().filter_map(|(_, _, rate_of)| rate_of(row)));
     let scale = Scale::fitting(rates().flat_map(|rate| rate.samples_ms.iter().copied()), false, [4.0, width - 4.0]);
     let top = if series.len() > 1 { 26.0 } else { 4.0 };
     if series.len() > 1 {
         svg.legend(12.0, &series);
     }
-    let measured = || record.ladder.iter().enumerate().filter(|(_, row)| row.rate().is_some());
+    let measured = || record.found.ladder.iter().enumerate().filter(|(_, row)| row.rate().is_some());
     let strips =
-        |index: usize| SERIES.iter().filter(|(_, _, rate_of)| rate_of(&record.ladder[index]).is_some()).count();
+        |index: usize| SERIES.iter().filter(|(_, _, rate_of)| rate_of(&record.found.ladder[index]).is_some()).count();
     let row_height = |index: usize| 22.0 + strips(index) as f64 * (STRIP + 3.0) + 7.0;
     let bottom = top + measured().map(|(index, _)| row_height(index)).sum::<f64>();
     let title = if scale.is_log { "milliseconds per tile (logarithmic)" } else { "milliseconds per tile" };

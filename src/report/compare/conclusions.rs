@@ -23,7 +23,7 @@ pub enum Verdict {
 /// Judges the step at an index of the ladder by the rate that counts ([`LadderRow::rate`]).
 #[must_use]
 pub fn verdict(record: &CompareRecord, index: usize) -> Verdict {
-    let Some(row) = record.ladder.get(index) else { return Verdict::Unknown };
+    let Some(row) = record.found.ladder.get(index) else { return Verdict::Unknown };
     if index == 0 {
         return Verdict::Original;
     }
@@ -37,19 +37,20 @@ pub fn verdict(record: &CompareRecord, index: usize) -> Verdict {
 }
 
 /// What the numbers say: which step is fastest and by how much, what bounds it, which are not worth having, how close
-/// the outputs are, which gates fail, and how far the times can be trusted. A sentence each, none without its number.
+/// the outputs are, which gates fail, what was left out, and how far the times can be trusted. A sentence each.
 #[must_use]
 pub fn conclusions(record: &CompareRecord) -> Vec<String> {
     let mut said = Vec::new();
     said.extend(fastest_step(record));
     said.extend(slower_steps(record));
-    said.extend(record.agreement.iter().map(agreement_in_words));
-    if let Some(accuracy) = &record.accuracy {
+    said.extend(record.found.agreement.iter().map(agreement_in_words));
+    if let Some(accuracy) = &record.found.accuracy {
         let held = |row: &AccuracyRow| accuracy_in_words(row, accuracy.items, &accuracy.unit);
         said.extend(accuracy.rows.iter().filter_map(held));
     }
-    said.extend(gates_in_words(&record.gates));
-    let measuring = &record.measuring;
+    said.extend(gates_in_words(&record.found.gates));
+    said.extend(record.found.left_out.iter().map(|left| format!("{} was left out: {}.", left.name, left.why)));
+    let measuring = &record.found.measuring;
     if !measuring.is_stable {
         said.push(format!(
             "The rounds ended after {} because time was up, not because every median was known within ±{}: small \
@@ -62,11 +63,11 @@ pub fn conclusions(record: &CompareRecord) -> Vec<String> {
 }
 
 fn fastest_step(record: &CompareRecord) -> Vec<String> {
-    let Some(original) = record.ladder.first() else { return vec!["Nothing was measured.".to_owned()] };
+    let Some(original) = record.found.ladder.first() else { return vec!["Nothing was measured.".to_owned()] };
     let any = fastest(record, &[Verdict::Faster, Verdict::FailsGate]);
     let good = fastest(record, &[Verdict::Faster]);
     let Some(best) = good.or(any) else {
-        let has_other = record.ladder.iter().skip(1).any(|row| speedup(row).is_some());
+        let has_other = record.found.ladder.iter().skip(1).any(|row| speedup(row).is_some());
         let text = if has_other { "No step is measurably faster than the original." } else { "Nothing was compared." };
         return vec![text.to_owned()];
     };
@@ -95,7 +96,7 @@ pub(in super::super) fn fastest<'a>(
     record: &'a CompareRecord,
     wanted: &[Verdict],
 ) -> Option<(usize, &'a LadderRow, IntervalRecord)> {
-    let steps = record.ladder.iter().enumerate().filter(|(index, _)| wanted.contains(&verdict(record, *index)));
+    let steps = record.found.ladder.iter().enumerate().filter(|(index, _)| wanted.contains(&verdict(record, *index)));
     let with_speedup = steps.filter_map(|(index, row)| Some((index, row, speedup(row)?)));
     with_speedup.max_by(|(_, _, a), (_, _, b)| a.value.total_cmp(&b.value))
 }
@@ -146,7 +147,7 @@ fn slower_steps(record: &CompareRecord) -> Vec<String> {
             _ => None,
         }
     };
-    record.ladder.iter().enumerate().filter_map(judge).collect()
+    record.found.ladder.iter().enumerate().filter_map(judge).collect()
 }
 
 fn agreement_in_words(agreement: &AgreementRecord) -> String {
@@ -229,12 +230,12 @@ fn gates_in_words(gates: &[GateRecord]) -> Vec<String> {
 }
 
 fn failed_gates<'a>(record: &'a CompareRecord, variant: &'a str) -> impl Iterator<Item = &'a GateRecord> {
-    record.gates.iter().filter(move |gate| gate.variant == variant && !gate.passed)
+    record.found.gates.iter().filter(move |gate| gate.variant == variant && !gate.passed)
 }
 
 /// Such as `95 %`.
 fn confidence(record: &CompareRecord) -> String {
-    format!("{} %", fixed(100.0 * record.measuring.confidence, 0))
+    format!("{} %", fixed(100.0 * record.found.measuring.confidence, 0))
 }
 
 /// A step's speed-up by the rate that counts, if it is a number.
@@ -270,7 +271,7 @@ mod tests {
         );
         assert!(said[0].contains("end to end (95 % interval 6.") && said[0].contains("tiles/s instead of 25.0."));
         assert!(said[1].starts_with("Step 7 “everything” (int8-dynamic, batch 8) is faster still"));
-        record.gates.clear();
+        record.found.gates.clear();
         assert!(conclusions(&record)[0].starts_with("Step 7 “everything” (int8-dynamic, batch 8) is the fastest: 6."));
         assert!(!says(&record, "gate"));
     }
@@ -308,7 +309,7 @@ mod tests {
 
     #[test]
     fn agreement_is_put_into_words() {
-        let mut agreement = example().agreement.remove(0);
+        let mut agreement = example().found.agreement.remove(0);
         agreement.flips = Some(FlipsRecord { threshold: 0.5, tiles: 1 });
         let words = agreement_in_words(&agreement);
         assert!(
@@ -326,15 +327,15 @@ mod tests {
         let one = with_steps(&[("original", "a", 1, Some(10.0), None)]);
         assert_eq!(conclusions(&one), ["Nothing was compared."]);
         let mut record = example();
-        record.measuring.is_stable = false;
-        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
-        for row in &mut record.ladder {
+        record.found.measuring.is_stable = false;
+        record.found.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        for row in &mut record.found.ladder {
             row.model_only.as_mut().unwrap().speedup = Some(IntervalRecord { value: 1.0, low: f64::NAN, high: 2.0 });
         }
         let said = conclusions(&record);
         assert!(said.iter().all(|sentence| !sentence.contains("NaN") && !sentence.contains('–')), "{said:#?}");
         assert!(said.last().unwrap().contains("known within ±2 %"));
-        record.ladder.clear();
+        record.found.ladder.clear();
         assert_eq!(conclusions(&record)[0], "Nothing was measured.");
     }
 }

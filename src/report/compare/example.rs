@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use crate::measure::{Bootstrap, Samples};
 use crate::report::compare::{
     AccuracyRecord, AccuracyRow, AgreementRecord, Bound, COMPARE_SCHEMA, ClassValue, CompareRecord, ComparedInput,
-    ComparedModel, ComparedVariant, CosineRecord, FlipsRecord, GateRecord, IntervalRecord, LadderRow, MeasuringRecord,
-    MetricRecord, PictureRecord, RateRecord, conclusions,
+    ComparedModel, ComparedVariant, CosineRecord, Findings, FlipsRecord, GateRecord, IntervalRecord, LadderRow,
+    MeasuringRecord, MetricRecord, PictureRecord, RateRecord, conclusions,
 };
 use crate::report::{HardwareRecord, LibraryRecord};
 
@@ -65,31 +65,34 @@ pub(crate) fn with_steps(steps: &[Step]) -> CompareRecord {
             memory_bytes: 25_769_803_776,
             gpus: vec![],
         },
-        models,
-        input: ComparedInput { source: "a slide.svs".to_owned(), tiles: 512, slide_tiles: Some(4_967) },
-        measuring: MeasuringRecord {
-            warmup_rounds: 2,
-            rounds: 24,
-            is_interleaved: true,
-            tolerance: 0.02,
-            time_limit_secs: 600.0,
-            seconds: 321.0,
-            is_stable: true,
-            note: "Every median was known within ±2 %.".to_owned(),
-            confidence: 0.95,
-            resamples: 2000,
-            seed: 0,
+        found: Findings {
+            models,
+            left_out: Vec::new(),
+            input: ComparedInput { source: "a slide.svs".to_owned(), tiles: 512, slide_tiles: Some(4_967) },
+            measuring: MeasuringRecord {
+                warmup_rounds: 2,
+                rounds: 24,
+                is_interleaved: true,
+                tolerance: 0.02,
+                time_limit_secs: 600.0,
+                seconds: 321.0,
+                is_stable: true,
+                note: "Every median was known within ±2 %.".to_owned(),
+                confidence: 0.95,
+                resamples: 2000,
+                seed: 0,
+            },
+            ladder: ladder(steps),
+            agreement: compared.clone().enumerate().map(|(index, name)| agreement(index, name)).collect(),
+            accuracy: Some(AccuracyRecord {
+                labels: "labels.csv".to_owned(),
+                items: 512,
+                unit: "tiles".to_owned(),
+                rows: names.iter().enumerate().map(|(index, name)| accuracy(index, name)).collect(),
+            }),
+            gates: compared.enumerate().flat_map(|(index, name)| gates(index, name)).collect(),
+            pictures: vec![PictureRecord::new("The original's map", "colours by class", &[137, 80, 78, 71])],
         },
-        ladder: ladder(steps),
-        agreement: compared.clone().enumerate().map(|(index, name)| agreement(index, name)).collect(),
-        accuracy: Some(AccuracyRecord {
-            labels: "labels.csv".to_owned(),
-            items: 512,
-            unit: "tiles".to_owned(),
-            rows: names.iter().enumerate().map(|(index, name)| accuracy(index, name)).collect(),
-        }),
-        gates: compared.enumerate().flat_map(|(index, name)| gates(index, name)).collect(),
-        pictures: vec![PictureRecord::new("The original's map", "colours by class", &[137, 80, 78, 71])],
         conclusions: Vec::new(),
     };
     record.conclusions = conclusions(&record);

@@ -41,8 +41,20 @@ pub struct CompareRecord {
     pub libraries: BTreeMap<String, LibraryRecord>,
     /// The machine.
     pub hardware: HardwareRecord,
+    /// What was found out.
+    #[serde(flatten)]
+    pub found: Findings,
+    /// What the numbers say, in sentences: see [`conclusions()`].
+    pub conclusions: Vec<String>,
+}
+
+/// What a comparison finds out: the parts of [`CompareRecord`] that tell nothing of the machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Findings {
     /// The models; the first one's first variant is the original.
     pub models: Vec<ComparedModel>,
+    /// Variants that are not compared, and why.
+    pub left_out: Vec<LeftOutRecord>,
     /// What they ran over.
     pub input: ComparedInput,
     /// How the times were taken.
@@ -57,8 +69,15 @@ pub struct CompareRecord {
     pub gates: Vec<GateRecord>,
     /// Maps to look at: of the original, of a variant, their difference.
     pub pictures: Vec<PictureRecord>,
-    /// What the numbers say, in sentences: see [`conclusions()`].
-    pub conclusions: Vec<String>,
+}
+
+/// A variant that is not compared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOutRecord {
+    /// Its name.
+    pub name: String,
+    /// Why not.
+    pub why: String,
 }
 
 /// A model with the variants that were compared.
@@ -182,13 +201,13 @@ impl CompareRecord {
     /// The name of the original: the first variant of the first model.
     #[must_use]
     pub fn original(&self) -> Option<&str> {
-        self.models.first()?.variants.first().map(|variant| variant.name.as_str())
+        self.found.models.first()?.variants.first().map(|variant| variant.name.as_str())
     }
 
     /// What was found out about a variant's outputs.
     #[must_use]
     pub fn agreement_of(&self, variant: &str) -> Option<&AgreementRecord> {
-        self.agreement.iter().find(|agreement| agreement.variant == variant)
+        self.found.agreement.iter().find(|agreement| agreement.variant == variant)
     }
 }
 
@@ -239,25 +258,25 @@ mod tests {
         // Numbers may differ in their last bit, which the page does not show.
         assert_eq!(compare_html(&read), compare_html(&record));
         assert_eq!(
-            (read.models, read.conclusions, read.pictures),
-            (record.models, record.conclusions, record.pictures)
+            (read.found.models, read.conclusions, read.found.pictures),
+            (record.found.models, record.conclusions, record.found.pictures)
         );
     }
 
     #[test]
     fn what_is_not_finite_passes_through_json() {
         let mut record = example();
-        let rate = record.ladder[1].end_to_end.as_mut().unwrap();
+        let rate = record.found.ladder[1].end_to_end.as_mut().unwrap();
         (rate.tiles_per_sec, rate.samples_ms[3], rate.ms_per_tile.p99) = (f64::NAN, f64::INFINITY, f64::NAN);
         rate.speedup = Some(IntervalRecord { value: f64::NAN, low: f64::NEG_INFINITY, high: f64::INFINITY });
-        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
-        record.agreement[0].max_abs_difference = Some(f64::INFINITY);
-        (record.gates[0].limit, record.gates[0].value) = (f64::NAN, Some(f64::NAN));
-        record.measuring.tolerance = f64::NAN;
+        record.found.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        record.found.agreement[0].max_abs_difference = Some(f64::INFINITY);
+        (record.found.gates[0].limit, record.found.gates[0].value) = (f64::NAN, Some(f64::NAN));
+        record.found.measuring.tolerance = f64::NAN;
         let read: CompareRecord = serde_json::from_slice(&to_json(&record)).unwrap();
-        assert!(read.ladder[1].end_to_end.as_ref().unwrap().samples_ms[3].is_nan());
-        assert_eq!(read.agreement[0].max_abs_difference, None);
-        assert!(read.ladder[1].end_to_end.as_ref().unwrap().speedup.unwrap().low.is_nan());
+        assert!(read.found.ladder[1].end_to_end.as_ref().unwrap().samples_ms[3].is_nan());
+        assert_eq!(read.found.agreement[0].max_abs_difference, None);
+        assert!(read.found.ladder[1].end_to_end.as_ref().unwrap().speedup.unwrap().low.is_nan());
         assert_eq!(compare_html(&read), compare_html(&record));
     }
 

@@ -43,7 +43,7 @@ const COLUMNS: [&str; 29] = [
 pub fn to_csv(record: &CompareRecord) -> Result<Vec<u8>, csv::Error> {
     let mut table = csv::Writer::from_writer(Vec::new());
     table.write_record(COLUMNS)?;
-    for (index, row) in record.ladder.iter().enumerate() {
+    for (index, row) in record.found.ladder.iter().enumerate() {
         let rates = [("model_only", row.model_only.as_ref()), ("end_to_end", row.end_to_end.as_ref())];
         for (measured, rate) in rates.into_iter().filter(|(_, rate)| rate.is_some()) {
             table.write_record(fields(record, index + 1, row, (measured, rate)))?;
@@ -114,10 +114,10 @@ mod tests {
     fn each_way_of_measuring_has_a_row() {
         let record = example();
         let rows = read(&record);
-        assert_eq!(rows.len(), 1 + 2 * record.ladder.len());
+        assert_eq!(rows.len(), 1 + 2 * record.found.ladder.len());
         assert_eq!(rows[0], COLUMNS);
-        assert_eq!(rows[2][..5], ["1", record.ladder[0].name.as_str(), "fp32", "1", "end_to_end"]);
-        let rate = record.ladder[0].end_to_end.as_ref().unwrap();
+        assert_eq!(rows[2][..5], ["1", record.found.ladder[0].name.as_str(), "fp32", "1", "end_to_end"]);
+        let rate = record.found.ladder[0].end_to_end.as_ref().unwrap();
         assert_eq!(rows[2][6].parse::<f64>().unwrap(), rate.tiles_per_sec);
         let samples: Vec<f64> = rows[2][28].split(' ').map(|sample| sample.parse().unwrap()).collect();
         assert_eq!(samples, rate.samples_ms);
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn what_is_absent_is_empty() {
         let mut record = with_steps(&[("a, \"b\"\n", "fp32", 1, Some(1.0), None), ("c", "int8", 1, None, None)]);
-        record.ladder[0].model_only.as_mut().unwrap().tiles_per_sec = f64::NAN;
+        record.found.ladder[0].model_only.as_mut().unwrap().tiles_per_sec = f64::NAN;
         let rows = read(&record);
         assert_eq!(rows.len(), 3);
         assert_eq!((rows[1][1].as_str(), rows[1][6].as_str()), ("a, \"b\"\n", ""));

@@ -17,7 +17,7 @@ const NARROW: f64 = 330.0;
 /// The record as an HTML page that needs nothing but itself.
 #[must_use]
 pub fn compare_html(record: &CompareRecord) -> String {
-    let names: Vec<&str> = record.models.iter().map(|model| model.name.as_str()).collect();
+    let names: Vec<&str> = record.found.models.iter().map(|model| model.name.as_str()).collect();
     let title = if names.is_empty() { "Comparison".to_owned() } else { names.join(", ") };
     let body = [
         header(record, &title),
@@ -45,10 +45,11 @@ pub fn compare_html(record: &CompareRecord) -> String {
 }
 
 fn header(record: &CompareRecord, title: &str) -> String {
-    let mut devices: Vec<&str> = record.models.iter().flat_map(|m| &m.variants).map(|v| v.device.as_str()).collect();
+    let mut devices: Vec<&str> =
+        record.found.models.iter().flat_map(|m| &m.variants).map(|v| v.device.as_str()).collect();
     devices.sort_unstable();
     devices.dedup();
-    let input = &record.input;
+    let input = &record.found.input;
     format!(
         "<header>\n<p class=\"kicker\">slidestream compare</p>\n<h1>{}</h1>\n<p class=\"facts\">{} tiles of {} · on {} · {}</p>\n\
          </header>\n",
@@ -64,12 +65,12 @@ fn header(record: &CompareRecord, title: &str) -> String {
 fn tiles(record: &CompareRecord) -> String {
     let mut shown: Vec<(&str, String, String)> = Vec::new();
     let good = fastest(record, &[Verdict::Faster]);
-    let label = if good.is_some() && !record.gates.is_empty() { "fastest within gates" } else { "fastest" };
+    let label = if good.is_some() && !record.found.gates.is_empty() { "fastest within gates" } else { "fastest" };
     let best = good.or_else(|| fastest(record, &[Verdict::FailsGate]));
     if let Some((_, row, speedup)) = best {
         shown.push((label, times(speedup.value), row.name.clone()));
     }
-    let original = record.ladder.first();
+    let original = record.found.ladder.first();
     if let Some(row) = best.map(|(_, row, _)| row).or(original) {
         let is_other = best.is_some();
         if let Some(now) = row.rate() {
@@ -89,11 +90,11 @@ fn tiles(record: &CompareRecord) -> String {
             shown.push(("mean cosine", near_one(cosine.mean), row.variant.clone()));
         }
     }
-    if !record.gates.is_empty() {
-        let passed = record.gates.iter().filter(|gate| gate.passed).count();
-        let failed = record.gates.len() - passed;
+    if !record.found.gates.is_empty() {
+        let passed = record.found.gates.iter().filter(|gate| gate.passed).count();
+        let failed = record.found.gates.len() - passed;
         let aside = if failed == 0 { "all passed".to_owned() } else { format!("{failed} failed") };
-        shown.push(("gates passed", format!("{passed} of {}", record.gates.len()), aside));
+        shown.push(("gates passed", format!("{passed} of {}", record.found.gates.len()), aside));
     }
     let mut html = String::from("<div class=\"tiles\">\n");
     for (label, figure, aside) in shown {
@@ -126,7 +127,7 @@ fn ladder(record: &CompareRecord) -> String {
 }
 
 fn agreement(record: &CompareRecord) -> String {
-    if record.agreement.is_empty() {
+    if record.found.agreement.is_empty() {
         return String::new();
     }
     let draw = |width, class: &str| chart::speed_against_agreement(record, width, class).unwrap_or_default();
@@ -137,12 +138,13 @@ fn agreement(record: &CompareRecord) -> String {
 }
 
 fn latencies(record: &CompareRecord) -> String {
-    let rates = || record.ladder.iter().flat_map(|row| [&row.model_only, &row.end_to_end]).flatten();
+    let rates = || record.found.ladder.iter().flat_map(|row| [&row.model_only, &row.end_to_end]).flatten();
     if rates().all(|rate| rate.samples_ms.is_empty()) {
         return String::new();
     }
     let lead = "A dot is a round; the box holds the middle half of the rounds, the line in it is the median.";
     let notes: String = record
+        .found
         .ladder
         .iter()
         .enumerate()
@@ -158,11 +160,11 @@ fn latencies(record: &CompareRecord) -> String {
 }
 
 fn pictures(record: &CompareRecord) -> String {
-    if record.pictures.is_empty() {
+    if record.found.pictures.is_empty() {
         return String::new();
     }
     let mut html = String::from("<div class=\"pictures\">\n");
-    for picture in &record.pictures {
+    for picture in &record.found.pictures {
         let data: String =
             picture.png_base64.chars().filter(|c| c.is_ascii_alphanumeric() || "+/=".contains(*c)).collect();
         let (title, caption) = (escape(&picture.title), escape(&picture.caption));
@@ -176,7 +178,7 @@ fn pictures(record: &CompareRecord) -> String {
 }
 
 fn measuring(record: &CompareRecord) -> String {
-    let how = &record.measuring;
+    let how = &record.found.measuring;
     let order = if how.is_interleaved {
         "Each round ran every step once, one after the other, so that what slowed the machine slowed all of them."
     } else {
@@ -215,8 +217,8 @@ fn setting(record: &CompareRecord) -> String {
     if !hardware.gpus.is_empty() {
         facts.push(("GPU", hardware.gpus.join(", ")));
     }
-    facts.push(("tiles", format!("{} of {}", count(record.input.tiles), record.input.source)));
-    if let Some(tiles) = record.input.slide_tiles {
+    facts.push(("tiles", format!("{} of {}", count(record.found.input.tiles), record.found.input.source)));
+    if let Some(tiles) = record.found.input.slide_tiles {
         facts.push(("whole slide", format!("{} tiles", count(tiles))));
     }
     facts.push(("started", record.started.clone()));
@@ -311,12 +313,12 @@ mod tests {
     #[test]
     fn what_is_missing_leaves_no_empty_place() {
         let mut record = with_steps(&[("original", "fp32", 1, Some(12.0), None)]);
-        (record.accuracy, record.pictures, record.gates) = (None, Vec::new(), Vec::new());
+        (record.found.accuracy, record.found.pictures, record.found.gates) = (None, Vec::new(), Vec::new());
         let html = assert_sound(&record);
         for section in ["Against labels", "Gates", "On the slide", "Speed against agreement", "end to end, ms"] {
             assert!(!html.contains(section), "{section}");
         }
-        (record.models, record.ladder, record.conclusions) = (Vec::new(), Vec::new(), Vec::new());
+        (record.found.models, record.found.ladder, record.conclusions) = (Vec::new(), Vec::new(), Vec::new());
         assert_sound(&record);
     }
 
@@ -328,14 +330,14 @@ mod tests {
             (hostile, "\u{0}<b>", 1, Some(10.0), None),
             (hostile, "int8", 1, None, None),
         ]);
-        record.models[0].name = hostile.to_owned();
-        record.models[0].variants[0].file = hostile.to_owned();
-        record.input.source = hostile.to_owned();
+        record.found.models[0].name = hostile.to_owned();
+        record.found.models[0].variants[0].file = hostile.to_owned();
+        record.found.input.source = hostile.to_owned();
         record.command = vec![hostile.to_owned()];
-        record.pictures[0].title = hostile.to_owned();
-        record.pictures[0].png_base64 = "AA\" onload=\"x".to_owned();
-        record.gates[0].reason = hostile.to_owned();
-        record.measuring.note = hostile.to_owned();
+        record.found.pictures[0].title = hostile.to_owned();
+        record.found.pictures[0].png_base64 = "AA\" onload=\"x".to_owned();
+        record.found.gates[0].reason = hostile.to_owned();
+        record.found.measuring.note = hostile.to_owned();
         record.conclusions = conclusions(&record);
         let html = assert_sound(&record);
         assert!(html.contains("&lt;script&gt;") && !html.contains('\u{0}') && !html.contains("onload=\""));
@@ -345,18 +347,18 @@ mod tests {
     fn what_is_no_number_is_a_dash() {
         let mut record = example();
         let none = IntervalRecord { value: f64::NAN, low: f64::NEG_INFINITY, high: f64::INFINITY };
-        for row in &mut record.ladder {
+        for row in &mut record.found.ladder {
             let rate = row.end_to_end.as_mut().unwrap();
             (rate.tiles_per_sec, rate.speedup, rate.ms_per_tile.median) = (f64::INFINITY, Some(none), f64::NAN);
             rate.samples_ms.fill(f64::NAN);
             row.device_utilisation = Some(f64::NAN);
             row.projected[0].seconds = f64::INFINITY;
         }
-        record.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
-        record.agreement[1].max_abs_difference = Some(f64::INFINITY);
-        record.agreement[2].pixel_agreement = Some(f64::NAN);
-        (record.gates[0].value, record.gates[0].limit) = (Some(f64::NAN), f64::INFINITY);
-        (record.measuring.tolerance, record.measuring.seconds) = (f64::NAN, f64::NAN);
+        record.found.agreement[0].cosine = Some(CosineRecord { mean: f64::NAN, p1: f64::NAN, min: f64::NAN });
+        record.found.agreement[1].max_abs_difference = Some(f64::INFINITY);
+        record.found.agreement[2].pixel_agreement = Some(f64::NAN);
+        (record.found.gates[0].value, record.found.gates[0].limit) = (Some(f64::NAN), f64::INFINITY);
+        (record.found.measuring.tolerance, record.found.measuring.seconds) = (f64::NAN, f64::NAN);
         record.conclusions = conclusions(&record);
         assert!(assert_sound(&record).contains("<td class=\"number\">–</td>"));
     }

@@ -74,13 +74,14 @@ pub(super) fn ladder(record: &CompareRecord) -> String {
         cells.push(Cell::Wide(or_absent(row.note.clone(), |text| text)));
         cells
     };
-    let rows: Vec<Vec<Cell>> = record.ladder.iter().enumerate().map(row).collect();
+    let rows: Vec<Vec<Cell>> = record.found.ladder.iter().enumerate().map(row).collect();
     table(&heads, &rows) + &resources(record)
 }
 
 /// Memory and devices of each step, and the projections as columns.
 fn resources(record: &CompareRecord) -> String {
-    let projections = distinct(record.ladder.iter().flat_map(|row| &row.projected).map(|projected| &*projected.name));
+    let projections =
+        distinct(record.found.ladder.iter().flat_map(|row| &row.projected).map(|projected| &*projected.name));
     let mut heads = owned(&["", "step", "variant", "batch"]);
     heads.extend(projections.iter().map(|&name| name.to_owned()));
     heads.extend(owned(&["host memory", "device memory", "device busy", "bounded by"]));
@@ -101,7 +102,7 @@ fn resources(record: &CompareRecord) -> String {
         cells.push(Cell::Text(or_absent(row.bottleneck.clone(), |text| text)));
         cells
     };
-    let rows: Vec<Vec<Cell>> = record.ladder.iter().enumerate().map(row).collect();
+    let rows: Vec<Vec<Cell>> = record.found.ladder.iter().enumerate().map(row).collect();
     format!("<h3>What it takes</h3>\n{}", table(&heads, &rows))
 }
 
@@ -119,7 +120,7 @@ pub(super) fn agreement(record: &CompareRecord) -> String {
         "tiles changing side",
         "not finite",
     ]);
-    let rows = record.agreement.iter().map(|agreement| {
+    let rows = record.found.agreement.iter().map(|agreement| {
         let cosine = |pick: fn(&CosineRecord) -> f64| {
             Cell::Number(or_absent(agreement.cosine, |cosine| near_one(pick(&cosine))))
         };
@@ -142,12 +143,13 @@ pub(super) fn agreement(record: &CompareRecord) -> String {
 }
 
 fn overlap(record: &CompareRecord) -> String {
-    let classes = distinct(record.agreement.iter().flat_map(|agreement| &agreement.dice).map(|value| &*value.class));
+    let classes =
+        distinct(record.found.agreement.iter().flat_map(|agreement| &agreement.dice).map(|value| &*value.class));
     if classes.is_empty() {
         return String::new();
     }
     let heads: Vec<String> = std::iter::once("variant").chain(classes.iter().copied()).map(str::to_owned).collect();
-    let rows = record.agreement.iter().filter(|agreement| !agreement.dice.is_empty()).map(|agreement| {
+    let rows = record.found.agreement.iter().filter(|agreement| !agreement.dice.is_empty()).map(|agreement| {
         let value =
             |class: &&str| agreement.dice.iter().find(|value| value.class == *class).and_then(|value| value.value);
         let cells = classes.iter().map(|class| Cell::Number(or_absent(value(class), near_one)));
@@ -159,7 +161,7 @@ fn overlap(record: &CompareRecord) -> String {
 
 /// Each variant against labels, with the difference to the original below; nothing without labels.
 pub(super) fn accuracy(record: &CompareRecord) -> String {
-    let Some(accuracy) = &record.accuracy else { return String::new() };
+    let Some(accuracy) = &record.found.accuracy else { return String::new() };
     let rows = accuracy.rows.iter().map(|row| {
         let metrics = [row.accuracy, row.balanced_accuracy, row.auc, row.dice];
         let pairs = metrics.into_iter().flat_map(|metric: Option<MetricRecord>| {
@@ -190,10 +192,10 @@ pub(super) fn accuracy(record: &CompareRecord) -> String {
 
 /// The limits and what was held against them; nothing without gates.
 pub(super) fn gates(record: &CompareRecord) -> String {
-    if record.gates.is_empty() {
+    if record.found.gates.is_empty() {
         return String::new();
     }
-    let rows = record.gates.iter().map(|gate| {
+    let rows = record.found.gates.iter().map(|gate| {
         let bound = if gate.bound == Bound::AtLeast { "≥" } else { "≤" };
         vec![
             if gate.passed { Cell::Badge("good", "✓ passed") } else { Cell::Badge("bad", "✗ failed") },
@@ -210,7 +212,8 @@ pub(super) fn gates(record: &CompareRecord) -> String {
 
 /// The files that ran, and how.
 pub(super) fn variants(record: &CompareRecord) -> String {
-    let variants = record.models.iter().flat_map(|model| model.variants.iter().map(move |variant| (model, variant)));
+    let variants =
+        record.found.models.iter().flat_map(|model| model.variants.iter().map(move |variant| (model, variant)));
     let rows: Vec<Vec<Cell>> = variants
         .map(|(model, variant)| {
             let options: Vec<String> =
