@@ -5,6 +5,7 @@ pub mod compare;
 mod error;
 pub mod optimize;
 pub mod race;
+mod resources;
 pub mod tiles;
 
 pub use self::error::ExperimentError;

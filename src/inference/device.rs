@@ -349,6 +349,8 @@ pub struct GpuInfo {
     pub memory_free_bytes: u64,
     /// Per cent of the moment before in which a kernel ran, if the driver tells.
     pub busy_percent: Option<u32>,
+    /// Power that it draws in mW, if the driver tells.
+    pub milliwatts: Option<u32>,
 }
 
 /// What there is to run on.
@@ -442,6 +444,7 @@ fn gpus() -> Gpus {
                 memory_total_bytes: memory.total,
                 memory_free_bytes: memory.free,
                 busy_percent: device.utilization_rates().ok().map(|rates| rates.gpu),
+                milliwatts: device.power_usage().ok(),
             };
             Ok((device.uuid()?, gpu))
         };
@@ -476,7 +479,14 @@ mod tests {
     const GPU: Device = Device::Cuda { index: 0 };
 
     fn gpu(index: u32, name: &str) -> GpuInfo {
-        GpuInfo { index, name: name.to_owned(), memory_total_bytes: 2, memory_free_bytes: 1, busy_percent: None }
+        GpuInfo {
+            index,
+            name: name.to_owned(),
+            memory_total_bytes: 2,
+            memory_free_bytes: 1,
+            busy_percent: None,
+            milliwatts: None,
+        }
     }
 
     #[test]

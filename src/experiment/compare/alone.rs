@@ -2,10 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
+use std::time::Instant;
 
 use super::CompareRequest;
 use super::course::Course;
@@ -15,11 +12,9 @@ use super::subjects::{self, Subject};
 use crate::engine::config::Emit;
 use crate::experiment::ExperimentError;
 use crate::experiment::optimize::file_error;
-use crate::inference::{Device, device};
+use crate::experiment::resources;
+use crate::inference::Device;
 use crate::report::compare::ResourcesRecord;
-
-/// How often a GPU is asked.
-const SAMPLE: Duration = Duration::from_millis(50);
 
 /// A step that is to be measured alone; as text `way,batch,tiles,subject`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,14 +67,8 @@ pub fn alone(request: &CompareRequest, step: &Alone) -> Result<ResourcesRecord, 
         return Ok(ResourcesRecord::default());
     };
     let subject = &subjects[index];
-    let used_before = used_bytes(subject.device);
-    let done = AtomicBool::new(false);
-    let (taken, seen) = std::thread::scope(|scope| {
-        let watch = scope.spawn(|| watch(subject.device, &done));
-        let taken = take(request, subject, Setting { subject: index, batch: step.batch, way: step.way }, step.tiles);
-        done.store(true, Ordering::Release);
-        (taken, watch.join().unwrap_or_default())
-    });
+    let setting = Setting { subject: index, batch: step.batch, way: step.way };
+    let (taken, seen) = resources::watched(&[subject.device], || take(request, subject, setting, step.tiles));
     let (cpu_secs, seconds) = taken?;
     let cores = std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64);
     let device_utilisation = match subject.device {
@@ -87,8 +76,8 @@ pub fn alone(request: &CompareRequest, step: &Alone) -> Result<ResourcesRecord, 
         Device::Cuda { .. } => seen.mean_busy(),
     };
     Ok(ResourcesRecord {
-        peak_host_bytes: peak_host_bytes(),
-        peak_device_bytes: seen.peak_bytes.zip(used_before).map(|(peak, before)| peak.saturating_sub(before)),
+        peak_host_bytes: resources::peak_host_bytes(),
+        peak_device_bytes: seen.peak_bytes,
         device_utilisation,
     })
 }
@@ -102,10 +91,10 @@ fn take(
 ) -> Result<(Option<f64>, f64), ExperimentError> {
     let timed = |round: &mut dyn FnMut() -> Result<(), ExperimentError>| {
         round()?;
-        let (cpu, start) = (cpu_secs(), Instant::now());
+        let (cpu, start) = (resources::cpu_secs(), Instant::now());
         round()?;
         let seconds = start.elapsed().as_secs_f64();
-        Ok((cpu_secs().zip(cpu).map(|(after, before)| after - before), seconds))
+        Ok((resources::cpu_secs().zip(cpu).map(|(after, before)| after - before), seconds))
     };
     match (&request.slide, setting.way) {
         (Some(path), Way::InTurn | Way::Overlapped) => {
@@ -123,59 +112,6 @@ fn take(
     }
 }
 
-/// What was seen of a GPU.
-#[derive(Default)]
-struct Seen {
-    peak_bytes: Option<u64>,
-    busy: Vec<f64>,
-}
-
-impl Seen {
-    /// Mean over the later half, when the model is loaded and warm.
-    fn mean_busy(&self) -> Option<f64> {
-        let late = &self.busy[self.busy.len() / 2..];
-        (!late.is_empty()).then(|| late.iter().sum::<f64>() / late.len() as f64)
-    }
-}
-
-fn watch(device: Device, done: &AtomicBool) -> Seen {
-    let mut seen = Seen::default();
-    while device != Device::Cpu && !done.load(Ordering::Acquire) {
-        if let Some(gpu) = gpu(device) {
-            let used = gpu.memory_total_bytes.saturating_sub(gpu.memory_free_bytes);
-            seen.peak_bytes = seen.peak_bytes.max(Some(used));
-            seen.busy.extend(gpu.busy_percent.map(|percent| f64::from(percent) / 100.0));
-        }
-        std::thread::sleep(SAMPLE);
-    }
-    seen
-}
-
-fn gpu(device: Device) -> Option<device::GpuInfo> {
-    let Device::Cuda { index } = device else { return None };
-    device::list().gpus.into_iter().find(|gpu| gpu.index == index)
-}
-
-fn used_bytes(device: Device) -> Option<u64> {
-    gpu(device).map(|gpu| gpu.memory_total_bytes.saturating_sub(gpu.memory_free_bytes))
-}
-
-/// Processor time of this process so far, over all threads.
-fn cpu_secs() -> Option<f64> {
-    let own = Pid::from_u32(std::process::id());
-    let mut system = System::new().ok()?;
-    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[own]), true, ProcessRefreshKind::nothing().with_cpu());
-    system.process(own).map(|process| process.accumulated_cpu_time() as f64 / 1e3)
-}
-
-/// Largest resident memory of this process so far; only Linux tells.
-fn peak_host_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,12 +123,5 @@ mod tests {
         for wrong in ["", "memory", "memory,0,1,a", "memory,1,1", "fly,1,1,a"] {
             assert!(wrong.parse::<Alone>().is_err(), "{wrong:?}");
         }
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn the_system_tells_memory_and_time() {
-        assert!(peak_host_bytes().unwrap() > 1 << 20);
-        assert!(cpu_secs().is_some());
     }
 }
