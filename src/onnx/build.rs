@@ -1,4 +1,4 @@
-//! Builds small models node by node: for tests, probes and tools.
+//! Builds models node by node: for tests, probes and models without a file.
 
 use super::proto::attribute_proto::AttributeType;
 use super::proto::tensor_shape_proto::{Dimension, dimension};
@@ -88,6 +88,12 @@ impl Graph {
     /// Adds f32 weights, `values` in row-major order of `dims`; returns their name.
     pub fn weights(&mut self, name: &str, dims: &[i64], values: &[f32]) -> String {
         self.tensor(name, ElementType::F32, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    /// Adds a constant of any type; returns its name.
+    pub fn constant(&mut self, name: &str, tensor: &Tensor) -> String {
+        self.0.initializer.push(tensor.to_proto(name));
+        name.to_owned()
     }
 
     /// Adds an i64 list such as axes or a shape; returns its name.

@@ -3,12 +3,15 @@
 //! [`Model`] is a thin shell around the protobuf message, so that whatever a model holds survives load and save.
 
 pub mod build;
+mod cost;
 pub mod lora;
 pub mod passes;
 pub mod proto;
 mod rewriter;
 mod shapes;
 mod tensor;
+mod truncated_normal;
+pub mod vit;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -19,8 +22,9 @@ use std::path::{Component, Path, PathBuf};
 use prost::Message as _;
 
 use proto::tensor_proto::{DataLocation, DataType};
-use proto::{GraphProto, ModelProto, TensorProto, ValueInfoProto, type_proto};
+use proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
+pub use cost::{Cost, cost};
 pub use rewriter::{MICROSOFT, NodeId, RewriteError, Rewriter, SUPPORTED_OPSETS};
 pub use shapes::Shapes;
 pub use tensor::{Tensor, TensorError, Values};
@@ -409,11 +413,7 @@ impl Model {
     pub fn op_counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for node in self.graph().map_or(&[][..], |graph| &graph.node) {
-            let op = match node.domain() {
-                "" | "ai.onnx" => node.op_type().to_owned(),
-                domain => format!("{domain}.{}", node.op_type()),
-            };
-            *counts.entry(op).or_default() += 1;
+            *counts.entry(full_op(node)).or_default() += 1;
         }
         counts
     }
@@ -447,6 +447,14 @@ impl Model {
 
     fn graph(&self) -> Option<&GraphProto> {
         self.proto.graph.as_ref()
+    }
+}
+
+/// A node's operator: `Conv`, or `com.microsoft.Attention` outside the standard.
+fn full_op(node: &NodeProto) -> String {
+    match node.domain() {
+        "" | "ai.onnx" => node.op_type().to_owned(),
+        domain => format!("{domain}.{}", node.op_type()),
     }
 }
 

@@ -6,6 +6,7 @@
 //! were folded where nodes transpose weights.
 
 mod adapter;
+mod random;
 
 use half::f16;
 
@@ -13,6 +14,7 @@ use super::passes::PassReport;
 use super::{ElementType, NodeId, RewriteError, Rewriter, Tensor, Values};
 
 pub use adapter::{Adapter, AdapterError, Update};
+pub use random::RandomLora;
 
 /// The key under which PyTorch's exporter notes the modules around a node.
 const SCOPES: &str = "pkg.torch.onnx.name_scopes";
@@ -65,6 +67,17 @@ pub enum LoraError {
         /// Their type.
         element: ElementType,
     },
+    /// No linear layer is what a random adapter should be for.
+    #[error("target {target:?}: none of the {layers} linear layers has a name that ends so")]
+    NoTarget {
+        /// What was asked for.
+        target: String,
+        /// How many linear layers with constant weights the model has.
+        layers: usize,
+    },
+    /// A random adapter is to have no columns.
+    #[error("an adapter of rank 0 adds nothing")]
+    NoRank,
     /// The weights can't be read.
     #[error(transparent)]
     Rewrite(#[from] RewriteError),
@@ -78,6 +91,8 @@ impl LoraError {
             Self::NotFound { .. } | Self::Ambiguous { .. } | Self::Shape { .. } => Some(
                 "export the model from the network that the adapter was trained on, and merge before anything else",
             ),
+            Self::NoTarget { .. } => Some("a built ViT has qkv, proj, fc1 and fc2 in each block"),
+            Self::NoRank => Some("give a rank of 1 or more"),
             _ => None,
         }
     }
