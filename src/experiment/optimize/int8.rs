@@ -3,7 +3,7 @@
 use super::trial::Trial;
 use super::{Candidate, Graphs, Target, recipe};
 use crate::experiment::ExperimentError;
-use crate::experiment::optimize::probe::Probe;
+use crate::experiment::probe::Probe;
 use crate::inference::Provider;
 use crate::onnx::passes::int8::{
     ActivationRanges, DynamicOptions, Form, RangeCollector, RangeMethod, Search, StaticOptions, observed,

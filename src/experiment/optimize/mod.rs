@@ -4,7 +4,6 @@
 //! against the original: it must load, run any batch, give numbers, agree, and be no slower to be recommended.
 
 mod int8;
-mod probe;
 mod recipe;
 mod trial;
 
@@ -15,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use self::probe::Probe;
 use self::trial::{Trial, Verdict};
 use super::ExperimentError;
+use super::probe::Probe;
 use super::tiles::TileSet;
 use crate::inference::{BareModel, ModelCard, Provider, Variant};
 use crate::onnx::lora::{self, Adapter};

@@ -1,7 +1,7 @@
 //! Which passes make which graph: the order that they need, in one place.
 
-use super::probe::Probe;
 use crate::experiment::ExperimentError;
+use crate::experiment::probe::Probe;
 use crate::onnx::Rewriter;
 use crate::onnx::passes::{
     PassReport, attention, batch_norm, clean, conv_transpose, freeze, gelu, layer_norm, layer_scale, skip_layer_norm,
