@@ -10,6 +10,7 @@ mod options;
 mod prepare;
 mod progress;
 mod run;
+mod simulate;
 mod tiles;
 
 use std::fmt::Write as _;
@@ -48,6 +49,8 @@ enum Command {
     Optimize(Box<optimize::Args>),
     /// Hold variants of a model side by side: speed, agreement, accuracy
     Compare(Box<compare::Args>),
+    /// Run a model without slides: throughput, cost, and the time of a slide
+    Simulate(Box<simulate::Args>),
     /// Check that this machine has what it takes
     Doctor(doctor::Args),
 }
@@ -115,6 +118,8 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
             ExperimentError::NoCalibration
             | ExperimentError::Refused { .. }
             | ExperimentError::Incomparable { .. }
+            | ExperimentError::TileLargerThanSlide { .. }
+            | ExperimentError::Vit(_)
             | ExperimentError::Labels { .. } => USAGE,
             _ => 1,
         };
@@ -131,6 +136,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(args) => inspect::execute(&args),
         Command::Optimize(args) => optimize::execute(&args),
         Command::Compare(args) => compare::execute(&args),
+        Command::Simulate(args) => simulate::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
     };
     match outcome {

@@ -16,8 +16,7 @@ use super::{Engine, EngineError, SlideRun, bottleneck};
 use crate::output;
 use crate::pipeline::Cancel;
 use crate::report::{
-    self, CoverageRecord, ReadingRecord, RunRecord, SLIDE_SCHEMA, SlideIdentity, SlideRecord, StageRecord, Status,
-    TimingRecord,
+    self, CoverageRecord, ReadingRecord, RunRecord, SLIDE_SCHEMA, SlideIdentity, SlideRecord, Status, TimingRecord,
 };
 use crate::slide::Slide;
 
@@ -369,20 +368,12 @@ fn reading(plan: &SlidePlan) -> ReadingRecord {
 
 fn timing(run: &SlideRun) -> TimingRecord {
     let seconds = run.duration.as_secs_f64();
-    let stage = |stage: &crate::pipeline::StageStats| StageRecord {
-        name: stage.name.to_owned(),
-        workers: stage.workers,
-        items: stage.items,
-        busy_secs: stage.busy.as_secs_f64(),
-        starved_secs: stage.starved.as_secs_f64(),
-        blocked_secs: stage.blocked.as_secs_f64(),
-    };
     TimingRecord {
         seconds,
         pipeline_seconds: seconds,
         tiles_per_sec: run.results.inferred as f64 / seconds.max(1e-9),
         bottleneck: bottleneck(&run.stages, run.duration),
-        stages: run.stages.iter().map(stage).collect(),
+        stages: run.stages.iter().map(super::stage_record).collect(),
     }
 }
 

@@ -10,6 +10,7 @@ pub mod inputs;
 mod load;
 mod pictures;
 pub mod plan;
+mod simulate;
 mod stages;
 mod write;
 
@@ -26,11 +27,12 @@ pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
 pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
+pub use self::simulate::Simulated;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};
 use crate::inference::{Activation, ModelCard, Session, SessionError, SessionFactory, Task};
 use crate::pipeline::{self, Cancel, PipelineError, StageStats};
-use crate::report::{ExecutionRecord, ModelRecord};
+use crate::report::{ExecutionRecord, ModelRecord, StageRecord};
 use crate::slide::{ReadOptions, TileReader};
 use crate::stitch::{StitchSpec, Stitcher};
 
@@ -179,15 +181,32 @@ impl Engine {
                 },
             );
         });
-        let stages = stages.map_err(|error| match error {
-            // A stopped session fails its stage.
-            _ if cancel.is_cancelled() => EngineError::Cancelled,
-            PipelineError::Stage { source, .. } => source,
-            PipelineError::Cancelled => EngineError::Cancelled,
-            PipelineError::Panicked { stage, message } => EngineError::Panicked { stage, message },
-        })?;
+        let stages = stages.map_err(|error| failed(error, cancel))?;
         let results = results.ok_or(EngineError::Cancelled)?;
         Ok(SlideRun { results, stages, duration: start.elapsed(), batch_size, converts_colours })
+    }
+}
+
+/// What a stage did, as it is written down.
+pub(crate) fn stage_record(stage: &StageStats) -> StageRecord {
+    StageRecord {
+        name: stage.name.to_owned(),
+        workers: stage.workers,
+        items: stage.items,
+        busy_secs: stage.busy.as_secs_f64(),
+        starved_secs: stage.starved.as_secs_f64(),
+        blocked_secs: stage.blocked.as_secs_f64(),
+    }
+}
+
+/// Why a line of stages ended early.
+fn failed(error: PipelineError<EngineError>, cancel: &Cancel) -> EngineError {
+    match error {
+        // A stopped session fails its stage.
+        _ if cancel.is_cancelled() => EngineError::Cancelled,
+        PipelineError::Stage { source, .. } => source,
+        PipelineError::Cancelled => EngineError::Cancelled,
+        PipelineError::Panicked { stage, message } => EngineError::Panicked { stage, message },
     }
 }
 
@@ -237,18 +256,8 @@ mod tests {
         if let Some((tile, fault)) = fault {
             session = session.with_fault(tile, fault);
         }
-        let tiling = TilingConfig {
-            tile_size: TILE,
-            overlap: 0,
-            target_mpp: card.mpp,
-            mpp_tolerance: 0.05,
-            slide_mpp: None,
-            region: None,
-            max_tiles: None,
-            tissue: TissueSource::None,
-            min_tissue: 0.0,
-            coords: None,
-        };
+        let no_mask = TilingConfig { tissue: TissueSource::None, min_tissue: 0.0, ..TilingConfig::of(&card) };
+        let tiling = TilingConfig { overlap: 0, ..no_mask };
         let config = RunConfig {
             tiling,
             threshold: 0.5,

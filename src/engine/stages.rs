@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 use ndarray::{ArrayView3, Axis};
@@ -37,7 +38,9 @@ pub(super) struct TileBatch {
 /// A batch with its results.
 pub(super) struct PredictedBatch {
     sequence: usize,
-    tiles: Vec<Tile>,
+    pub(super) tiles: Vec<Tile>,
+    /// Seconds that the session took.
+    pub(super) secs: f64,
     prediction: Option<Prediction>,
     /// Which tile each row of the prediction belongs to.
     readable: Vec<usize>,
@@ -138,7 +141,9 @@ impl Stage for Infer<'_> {
         let TileBatch { sequence, mut tiles } = batch;
         let pixels: Vec<&[u8]> =
             tiles.iter().filter(|tile| tile.failure.is_none()).map(|tile| tile.pixels.as_slice()).collect();
+        let start = Instant::now();
         let prediction = if pixels.is_empty() { None } else { Some(self.session.predict(&pixels)?) };
+        let secs = start.elapsed().as_secs_f64();
         let nonfinite = prediction.as_ref().map(Prediction::nonfinite_per_tile).unwrap_or_default();
         let readable: Vec<usize> = (0..tiles.len()).filter(|index| tiles[*index].failure.is_none()).collect();
         for (row, count) in nonfinite.into_iter().enumerate().filter(|(_, count)| *count > 0) {
@@ -149,7 +154,7 @@ impl Stage for Infer<'_> {
                 OnFailure::Skip => tile.failure = Some(reason),
             }
         }
-        out.send(PredictedBatch { sequence, tiles, prediction, readable });
+        out.send(PredictedBatch { sequence, tiles, secs, prediction, readable });
         Ok(())
     }
 }

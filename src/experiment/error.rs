@@ -11,6 +11,7 @@ use crate::onnx::lora::{AdapterError, LoraError};
 use crate::onnx::passes::EvaluateError;
 use crate::onnx::passes::fp16::Fp16Error;
 use crate::onnx::passes::image_input::ImageInputError;
+use crate::onnx::vit::VitError;
 use crate::onnx::{OnnxError, RewriteError};
 use crate::output::OutputError;
 use crate::slide::SlideError;
@@ -90,6 +91,22 @@ pub enum ExperimentError {
         /// What is wrong, with the line.
         reason: String,
     },
+    /// Not one tile fits the slide.
+    #[error("a tile of {tile} px is larger than the slide, which is {width} × {height} px at the model's resolution")]
+    TileLargerThanSlide {
+        /// Side of a tile in pixels.
+        tile: u32,
+        /// Of the slide at the model's resolution.
+        width: u64,
+        /// Of the slide at the model's resolution.
+        height: u64,
+    },
+    /// Nothing was inferred, so no time follows.
+    #[error("the model inferred no tile, so that no time of a slide follows")]
+    NoThroughput,
+    /// A vision transformer that can't be built.
+    #[error(transparent)]
+    Vit(#[from] VitError),
     /// A file or folder can't be read or written.
     #[error("{}: can't be {doing}", path.display())]
     File {
@@ -148,6 +165,8 @@ impl ExperimentError {
             Self::Onnx(error) => error.hint()?,
             Self::Adapter(error) => error.hint()?,
             Self::Lora(error) => error.hint()?,
+            Self::Vit(error) => error.hint()?,
+            Self::TileLargerThanSlide { .. } => "give a larger slide_size, or the slide's resolution with slide_mpp",
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",
             Self::Refused { what: "INT8", .. } => "use the TensorRT provider for INT8 on a GPU, or FP16",

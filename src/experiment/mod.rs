@@ -4,8 +4,10 @@ pub mod agreement;
 pub mod compare;
 mod error;
 pub mod optimize;
+mod probe;
 pub mod race;
 mod resources;
+pub mod simulate;
 pub mod tiles;
 
 pub use self::error::ExperimentError;

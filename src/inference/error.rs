@@ -156,6 +156,14 @@ impl ModelError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
+    /// The rate of a device's matrix product can't be measured.
+    #[error("the rate of the matrix product can't be measured on {provider}")]
+    Ceiling {
+        /// The provider.
+        provider: Provider,
+        /// ONNX Runtime's reason.
+        source: ort::Error,
+    },
     /// ONNX Runtime can't be loaded.
     #[error(transparent)]
     Native(#[from] NativeError),

@@ -6,6 +6,7 @@ mod activation;
 mod bare;
 pub mod card;
 mod card_file;
+mod ceiling;
 mod contract;
 pub mod device;
 mod error;
@@ -20,6 +21,7 @@ use ndarray::{Array2, Array4};
 
 pub use self::ort::{OrtSession, SessionFactory, SessionOptions, StopHandle};
 pub use card::{Activation, BareModel, Class, ModelCard, Pool, Task, Variant};
+pub use ceiling::matmul_flops_per_sec;
 pub use contract::{Contract, Layout};
 pub use device::{Device, DeviceRequest, Provider, ProviderRequest};
 pub use error::{ModelError, SessionError};

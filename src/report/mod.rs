@@ -7,6 +7,7 @@ mod chart;
 pub mod compare;
 mod html;
 mod optimize;
+mod simulate;
 mod text;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,10 @@ use serde_json::{Map, Value};
 pub use self::optimize::{
     NodeRecord, OPTIMIZE_SCHEMA, OptimizeRecord, PassRecord, SpeedRecord, VariantAgreement, VariantRecord,
 };
+pub use self::simulate::{
+    EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
+};
+pub use self::text::{count, duration};
 pub use html::compare_html;
 
 /// Schema of [`RunRecord`].
@@ -108,7 +113,7 @@ pub struct HardwareRecord {
 }
 
 /// The model of a run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelRecord {
     /// The card's name.
     pub name: String,
@@ -125,7 +130,7 @@ pub struct ModelRecord {
 }
 
 /// Where and how a model ran.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecutionRecord {
     /// Such as `cpu` or `cuda:0`.
     pub device: String,

@@ -42,7 +42,7 @@ pub(super) fn significant(value: f64) -> String {
 }
 
 /// A whole number with commas between the thousands.
-pub(super) fn count(value: u64) -> String {
+pub fn count(value: u64) -> String {
     grouped(&value.to_string())
 }
 
@@ -129,7 +129,7 @@ pub(super) fn bytes(value: u64) -> String {
 }
 
 /// Seconds as `12.3 s`, `4 min 22 s` or `3 h 12 min`.
-pub(super) fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     if !seconds.is_finite() || seconds < 0.0 {
         return ABSENT.to_owned();
     }

@@ -1,0 +1,375 @@
+//! `slidestream simulate`: how fast a model runs without slides, and how long a slide takes.
+
+use std::fmt::Write as _;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use slidestream::engine::{LoadRequest, cohort};
+use slidestream::experiment::ExperimentError;
+use slidestream::experiment::optimize::{self, OptimizeRequest, Precision, Target};
+use slidestream::experiment::simulate::{self, SimulateRequest, SlideQuestion, SlideSize};
+use slidestream::experiment::tiles::TileSet;
+use slidestream::geometry::{Mpp, Overlap};
+use slidestream::inference::{
+    Activation, BareModel, Device, DeviceRequest, ModelCard, Pool, Provider, ProviderRequest, Task, device,
+};
+use slidestream::native;
+use slidestream::onnx::vit::{self, VitConfig};
+use slidestream::pipeline::Cancel;
+use slidestream::report::{
+    EstimateRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation, count, duration, to_json,
+};
+
+use super::options::BareModelOptions;
+use super::{Failure, Outcome, columns, prepare, say, show};
+
+/// Draws the weights of a ViT that is described on the command line.
+const SEED: u64 = 1;
+/// Tiles on which an optimised variant is compared with the original, and calibrated.
+const OPTIMIZE_TILES: usize = 4;
+
+/// A model without slides: throughput, cost, and the time of a slide
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    /// A model folder, a card, or an .onnx file
+    #[arg(long, short, value_name = "DIR|CARD|MODEL.onnx", required_unless_present = "vit", conflicts_with = "vit")]
+    model: Option<PathBuf>,
+    /// A vision transformer of random weights: a name such as vit_base_patch16_224, or image=224,patch=14,dim=768,…
+    #[arg(long, value_name = "NAME|KEY=VALUE,…")]
+    vit: Option<VitConfig>,
+    /// Variant of the card
+    #[arg(long, value_name = "NAME", conflicts_with = "optimize")]
+    variant: Option<String>,
+    /// Optimise the model first, and take its fp32, fp16 or int8 variant
+    #[arg(long, value_name = "PRECISION")]
+    optimize: Option<Precision>,
+    /// auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceRequest,
+    /// auto, cpu, openvino, cuda or tensorrt
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    provider: ProviderRequest,
+    /// Sessions over all devices
+    #[arg(long, value_name = "N")]
+    sessions: Option<NonZeroUsize>,
+    /// Tiles per batch, each tried [default: by the device]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    batch_sizes: Vec<NonZeroUsize>,
+    /// Most seconds to measure each batch size, once it had its fewest rounds
+    #[arg(long, value_name = "N", default_value = "10")]
+    seconds: u64,
+    /// Power of the machine in watts while it infers, for the energy [default: what the GPU tells]
+    #[arg(long, value_name = "W")]
+    watts: Option<f64>,
+    /// Print the record as JSON instead of the summary
+    #[arg(long)]
+    json: bool,
+    /// Say nothing but errors and results
+    #[arg(long)]
+    quiet: bool,
+    #[command(flatten)]
+    slide: SlideOptions,
+    #[command(flatten)]
+    bare: BareModelOptions,
+}
+
+/// The slide whose time is asked for.
+#[derive(clap::Args, Debug)]
+struct SlideOptions {
+    /// A real slide: its size, its tissue, and how fast it is read here
+    #[arg(long, value_name = "FILE", help_heading = "Slide")]
+    slide: Option<PathBuf>,
+    /// Level-0 pixels, such as 100000x80000
+    #[arg(long, value_name = "WxH", help_heading = "Slide", conflicts_with = "slide")]
+    slide_size: Option<Size>,
+    /// A typical slide: biopsy, resection or prostatectomy
+    #[arg(long, value_name = "NAME", help_heading = "Slide", conflicts_with_all = ["slide", "slide_size"])]
+    profile: Option<Profile>,
+    /// Resolution at level 0 in µm/px [default: the model's]
+    #[arg(long, value_name = "X", help_heading = "Slide", requires = "slide_size")]
+    slide_mpp: Option<Mpp>,
+    /// What neighbouring tiles share: 64px or 25% [default: the model's]
+    #[arg(long, value_name = "LENGTH", help_heading = "Slide")]
+    overlap: Option<Overlap>,
+    /// Share of the tiles that have tissue [default: 1]
+    #[arg(long, value_name = "F", help_heading = "Slide", requires = "slide_size")]
+    tissue_fraction: Option<f64>,
+}
+
+/// Width and height in pixels.
+#[derive(Clone, Copy, Debug)]
+struct Size(u64, u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let sides = text.split_once(['x', '×']);
+        let side = |text: &str| text.trim().parse().ok().filter(|side| *side > 0);
+        sides
+            .and_then(|(width, height)| Some(Self(side(width)?, side(height)?)))
+            .ok_or_else(|| format!("{text:?} is no size in pixels such as 100000x80000"))
+    }
+}
+
+/// A kind of slide, scanned at 0.25 µm/px.
+#[derive(Clone, Copy, Debug)]
+enum Profile {
+    Biopsy,
+    Resection,
+    Prostatectomy,
+}
+
+impl FromStr for Profile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "biopsy" => Ok(Self::Biopsy),
+            "resection" => Ok(Self::Resection),
+            "prostatectomy" => Ok(Self::Prostatectomy),
+            _ => Err(format!("{text:?} is none of biopsy, resection, prostatectomy")),
+        }
+    }
+}
+
+pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
+    let started = cohort::now();
+    native::onnx_runtime()?;
+    if args.slide.slide.is_some() {
+        native::openslide()?;
+    }
+    if args.watts.is_some_and(|watts| !watts.is_finite() || watts <= 0.0) {
+        return Err(Failure::usage("--watts must be above 0"));
+    }
+    let mut talk = |line: &str| {
+        if !args.quiet {
+            say(line);
+        }
+    };
+    // The folder of a model that is made for this simulation alone; gone at its end.
+    let folder = tempfile::tempdir().map_err(|source| ExperimentError::File {
+        path: std::env::temp_dir(),
+        doing: "written",
+        source,
+    })?;
+    let card = match (&args.model, &args.vit) {
+        (Some(path), _) => ModelCard::load(path, &args.bare.model()?)?,
+        (None, Some(config)) => built(config, folder.path(), &mut talk)?,
+        (None, None) => return Err(Failure::usage("name a --model or describe a --vit")),
+    };
+    let slide = args.slide.question(&card)?;
+    let (card, variant) = match args.optimize {
+        Some(precision) => optimized(&card, precision, args, &folder.path().join("optimized"), &mut talk)?,
+        None => (card, args.variant.clone()),
+    };
+    let load = LoadRequest {
+        variant,
+        devices: args.device.clone(),
+        provider: args.provider,
+        batch_size: None,
+        readers: None,
+        sessions: args.sessions,
+    };
+    let request = SimulateRequest {
+        load,
+        batch_sizes: args.batch_sizes.clone(),
+        most_time: Duration::from_secs(args.seconds),
+        vit: args.vit.clone(),
+        slide,
+        watts: args.watts,
+    };
+    let found = simulate::simulate(card, &request, &Cancel::default(), &mut talk)?;
+    if args.json {
+        let record = SimulateRecord {
+            schema: SIMULATE_SCHEMA.to_owned(),
+            started,
+            finished: cohort::now(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            command: prepare::command(),
+            libraries: prepare::libraries(),
+            hardware: prepare::hardware(),
+            found,
+        };
+        show(&String::from_utf8_lossy(&to_json(&record)));
+    } else {
+        show(&summary(&found));
+    }
+    Ok(Outcome::Done)
+}
+
+impl SlideOptions {
+    fn question(&self, card: &ModelCard) -> Result<Option<SlideQuestion>, Failure> {
+        let tissue_fraction = self.tissue_fraction.unwrap_or(1.0);
+        if !(0.0..=1.0).contains(&tissue_fraction) {
+            return Err(Failure::usage(format!("--tissue-fraction {tissue_fraction}: must be between 0 and 1")));
+        }
+        let overlap = self.overlap.unwrap_or(Overlap::Pixels(card.overlap));
+        let scanned = |name: &str, width, height, tissue_fraction| {
+            let mpp = Mpp::new(0.25).ok();
+            let size = SlideSize { name: name.to_owned(), width, height, mpp, overlap, tissue_fraction };
+            Some(SlideQuestion::Size(size))
+        };
+        Ok(match (&self.slide, self.slide_size, self.profile) {
+            (Some(path), ..) => Some(SlideQuestion::File(path.clone())),
+            (None, Some(Size(width, height)), _) => {
+                let name = format!("{width} × {height} px");
+                let size = SlideSize { name, width, height, mpp: self.slide_mpp, overlap, tissue_fraction };
+                Some(SlideQuestion::Size(size))
+            }
+            (None, None, Some(Profile::Biopsy)) => scanned("biopsy", 40_000, 20_000, 0.15),
+            (None, None, Some(Profile::Resection)) => scanned("resection", 120_000, 90_000, 0.45),
+            (None, None, Some(Profile::Prostatectomy)) => {
+                Some(SlideQuestion::Tiles { name: "whole-mount prostatectomy".to_owned(), tiles: 190_000 })
+            }
+            (None, None, None) => None,
+        })
+    }
+}
+
+/// The card of a ViT that is built into `folder`.
+fn built(config: &VitConfig, folder: &Path, say: &mut dyn FnMut(&str)) -> Result<ModelCard, Failure> {
+    say("building the model");
+    let file = folder.join("vit.onnx");
+    vit::build(config, SEED).map_err(ExperimentError::from)?.save_with_weights(&file)?;
+    let has_head = config.classes > 0;
+    let bare = BareModel {
+        task: Some(if has_head { Task::Classification } else { Task::Features }),
+        tile_size: u32::try_from(config.image).ok(),
+        target_mpp: Mpp::new(0.5).ok(),
+        class_names: has_head.then(|| (0..config.classes).map(|class| format!("class {class}")).collect()),
+        mean: Some([0.5; 3]),
+        std: Some([0.5; 3]),
+        activation: Some(if has_head { Activation::Softmax } else { Activation::None }),
+        pool: None::<Pool>,
+        ..BareModel::default()
+    };
+    Ok(ModelCard::load(&file, &bare)?)
+}
+
+/// The card with the variant that `optimize` makes of a model at a precision, and the variant's name.
+fn optimized(
+    card: &ModelCard,
+    precision: Precision,
+    args: &Args,
+    out: &Path,
+    say: &mut dyn FnMut(&str),
+) -> Result<(ModelCard, Option<String>), Failure> {
+    let resolved = device::resolve(&args.device, args.provider, None)?;
+    let target = match (resolved.devices.first(), resolved.provider) {
+        (Some(Device::Cuda { .. }), _) => Target::Cuda,
+        (_, Provider::OpenVino) => Target::OpenVino,
+        _ => Target::Cpu,
+    };
+    let tiles = |seed| TileSet::synthetic(card.tile_size, OPTIMIZE_TILES, seed);
+    let request = OptimizeRequest {
+        target,
+        precisions: vec![precision],
+        tiles: tiles(1),
+        calibration: Some(tiles(2)),
+        lora: None,
+        takes_bytes: false,
+        keeps_io: true,
+        min_cosine: 0.0,
+        reduce_range: !device::list().cpu.features.iter().any(|feature| feature.contains("vnni")),
+        most_time: Duration::ZERO,
+        out: out.to_owned(),
+    };
+    let made = optimize::optimize(card, &request, say)?;
+    let written = made.variants.iter().filter(|variant| variant.file.is_some()).map(|variant| variant.name.clone());
+    let name = written.last().ok_or_else(|| Failure {
+        message: "the model has no such variant that computes what the original does".to_owned(),
+        hint: Some("`slidestream optimize --explain` tells what was tried".to_owned()),
+        code: 1,
+    })?;
+    Ok((made.card, Some(name)))
+}
+
+fn summary(found: &Simulation) -> String {
+    let size = &found.size;
+    let mebibytes = size.parameter_bytes as f64 / f64::from(1 << 20);
+    let mut cost = format!("{} GFLOP per tile by the graph", giga(size.flops as f64));
+    if let Some(formula) = &size.formula {
+        let (without, with) = (giga(formula.flops as f64), giga(formula.flops_with_class_token as f64));
+        write!(cost, "; by formula {without} (patches), {with} (with the class token)").ok();
+    }
+    if !size.uncounted.is_empty() {
+        write!(cost, "; not counted: {}", size.uncounted.keys().cloned().collect::<Vec<_>>().join(", ")).ok();
+    }
+    let mut rows = vec![
+        ("model", format!("{}, {}", found.model.name, found.model.variant)),
+        ("parameters", format!("{} in {mebibytes:.1} MiB", count(size.parameters))),
+        ("cost", cost),
+        (
+            "device",
+            format!("{}, {}, {} sessions", found.execution.device, found.execution.provider, found.execution.sessions),
+        ),
+        ("start", format!("{:.2} s to load, {:.2} s for the first batch", found.load_secs, found.first_batch_secs)),
+    ];
+    if let Some(ceiling) = found.ceiling_flops_per_sec {
+        rows.push(("ceiling", format!("{:.2} TFLOP/s, measured by products of matrices", ceiling / 1e12)));
+    }
+    if let Some(bytes) = found.peak_host_bytes {
+        rows.push(("memory", format!("{:.0} MiB at the peak", bytes as f64 / f64::from(1 << 20))));
+    }
+    rows.extend(found.warnings.iter().map(|warning| ("warning", warning.clone())));
+    let mut text = columns(rows);
+    text.push_str("\nbatch   tiles/s  [95 %]                 ms/tile p50     p90     p99   TFLOP/s  of ceiling\n");
+    for (index, point) in found.points.iter().enumerate() {
+        let mark = if index == found.best && found.points.len() > 1 { "  best" } else { "" };
+        writeln!(text, "{}{mark}", row(point)).ok();
+    }
+    if let Some(slide) = &found.slide {
+        text.push('\n');
+        text.push_str(&estimate(slide));
+    }
+    text
+}
+
+fn row(point: &PointRecord) -> String {
+    let rate = &point.tiles_per_sec;
+    let interval = format!("[{:.1}, {:.1}]", rate.low, rate.high);
+    let per_tile =
+        point.ms_per_batch.map_or([f64::NAN; 3], |ms| [ms.p50, ms.p90, ms.p99].map(|ms| ms / point.batch_size as f64));
+    let share = point.share_of_ceiling.map_or_else(|| "–".to_owned(), |share| format!("{:.0} %", 100.0 * share));
+    let unstable = if point.is_stable { "" } else { "  not settled" };
+    format!(
+        "{:5} {:9.1}  {interval:20}  {:10.3} {:7.3} {:7.3} {:9.3}  {share:>10}{unstable}",
+        point.batch_size,
+        rate.value,
+        per_tile[0],
+        per_tile[1],
+        per_tile[2],
+        point.flops_per_sec / 1e12,
+    )
+}
+
+fn estimate(slide: &EstimateRecord) -> String {
+    let mut tiles = format!("{} to infer", count(slide.tiles));
+    if let Some(grid) = slide.grid_tiles {
+        write!(tiles, " of {} in the grid", count(grid)).ok();
+    }
+    let mut rows = vec![("slide", slide.name.clone()), ("tiles", tiles)];
+    if let Some(full) = slide.full_tiles {
+        rows.push(("full_tiles", format!("{} lie wholly on the slide", count(full))));
+    }
+    if let Some(reading) = slide.reading_tiles_per_sec {
+        rows.push((
+            "reading",
+            format!("{reading:.1} tiles/s beside {:.1} of inference", slide.inference_tiles_per_sec),
+        ));
+    }
+    rows.push(("time", format!("{} at {:.1} tiles/s", duration(slide.seconds), slide.tiles_per_sec)));
+    rows.push(("bound by", slide.bound_by.clone()));
+    rows.push(("slides", format!("{:.1} per hour, {:.0} per day", slide.slides_per_hour, slide.slides_per_day)));
+    if let Some(energy) = slide.kwh_per_1000_slides {
+        rows.push(("energy", format!("{energy:.2} kWh per 1,000 slides")));
+    }
+    columns(rows)
+}
+
+fn giga(flops: f64) -> String {
+    format!("{:.2}", flops / 1e9)
+}

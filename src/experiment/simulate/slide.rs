@@ -1,0 +1,285 @@
+//! What a rate means for a slide: how many tiles it has, how long they take, and what bounds it.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::engine::config::TilingConfig;
+use crate::engine::plan::{self, SlidePlan};
+use crate::experiment::ExperimentError;
+use crate::geometry::{Level0Rect, Mpp, Overlap, PixelSize, TileGrid, TilePlane, TilePosition};
+use crate::inference::ModelCard;
+use crate::report::EstimateRecord;
+use crate::slide::{ReadOptions, Slide, TileReader};
+
+/// Tiles of a slide that reading is measured on, at most.
+const MOST_READ: usize = 512;
+/// How long reading is measured, at most.
+const MOST_READ_TIME: Duration = Duration::from_secs(5);
+
+/// A slide whose time is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SlideQuestion {
+    /// A slide of some size.
+    Size(SlideSize),
+    /// So many tiles to infer.
+    Tiles {
+        /// What has them.
+        name: String,
+        /// How many.
+        tiles: u64,
+    },
+    /// A real one, with its own size and tissue.
+    File(PathBuf),
+}
+
+/// A slide described by numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SlideSize {
+    /// What it is called.
+    pub name: String,
+    /// Level-0 pixels.
+    pub width: u64,
+    /// Level-0 pixels.
+    pub height: u64,
+    /// Resolution at level 0; the model's own if it is not given.
+    pub mpp: Option<Mpp>,
+    /// What neighbouring tiles share.
+    pub overlap: Overlap,
+    /// Share of the grid's tiles that have tissue, 0–1.
+    pub tissue_fraction: f64,
+}
+
+impl SlideSize {
+    /// The tiles of the slide: all of the grid, those wholly on the slide, and those with tissue.
+    ///
+    /// # Errors
+    /// [`ExperimentError`] if the overlap leaves no step, or a tile is larger than the slide.
+    pub fn tiles(&self, card: &ModelCard) -> Result<TileCounts, ExperimentError> {
+        let downsample = card.mpp.get() / self.mpp.unwrap_or(card.mpp).get();
+        let side = |pixels: u64| i64::try_from(pixels).unwrap_or(i64::MAX);
+        let plane = TilePlane {
+            region: Level0Rect { x: 0, y: 0, width: side(self.width), height: side(self.height) },
+            downsample_x: downsample,
+            downsample_y: downsample,
+            pixel_size: PixelSize::square(card.mpp),
+            tile_size: card.tile_size,
+        };
+        let tile = u64::from(card.tile_size);
+        if plane.width() < tile || plane.height() < tile {
+            let (width, height) = (plane.width(), plane.height());
+            return Err(ExperimentError::TileLargerThanSlide { tile: card.tile_size, width, height });
+        }
+        let overlap = self.overlap.in_pixels(card.tile_size);
+        let grid = TileGrid::new(plane, overlap)?;
+        let full = |extent: u64| (extent - tile) / u64::from(grid.stride) + 1;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count")]
+        let tissue = (grid.len() as f64 * self.tissue_fraction).ceil() as u64;
+        Ok(TileCounts { grid: grid.len(), full: full(plane.width()) * full(plane.height()), tissue })
+    }
+}
+
+/// Tiles of a slide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TileCounts {
+    /// Of the engine's grid, which covers every pixel.
+    pub grid: u64,
+    /// Those that lie wholly on the slide.
+    pub full: u64,
+    /// Those of the grid with tissue.
+    pub tissue: u64,
+}
+
+/// The machine as far as an estimate needs it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Machine {
+    /// Tiles per second of the model alone.
+    pub(super) inference: f64,
+    /// Whether reading and inference share the cores.
+    pub(super) shares_cores: bool,
+    /// Reader threads of a run.
+    pub(super) readers: usize,
+    pub(super) cores: usize,
+    /// Power while it infers.
+    pub(super) watts: Option<f64>,
+}
+
+/// The time of a slide on a machine.
+///
+/// # Errors
+/// [`ExperimentError`] if the slide can't be read or has no tiles, or nothing was inferred.
+pub(super) fn estimate(
+    question: &SlideQuestion,
+    card: &ModelCard,
+    machine: &Machine,
+) -> Result<EstimateRecord, ExperimentError> {
+    if machine.inference.is_nan() || machine.inference <= 0.0 {
+        return Err(ExperimentError::NoThroughput);
+    }
+    let mut record = EstimateRecord { inference_tiles_per_sec: machine.inference, ..EstimateRecord::default() };
+    match question {
+        SlideQuestion::Size(size) => {
+            let counts = size.tiles(card)?;
+            record.name.clone_from(&size.name);
+            (record.width, record.height) = (Some(size.width), Some(size.height));
+            (record.grid_tiles, record.full_tiles) = (Some(counts.grid), Some(counts.full));
+            record.tissue_fraction = Some(size.tissue_fraction);
+            record.tiles = counts.tissue;
+        }
+        SlideQuestion::Tiles { name, tiles } => {
+            record.name.clone_from(name);
+            record.tiles = *tiles;
+        }
+        SlideQuestion::File(path) => of_file(path, card, machine, &mut record)?,
+    }
+    if record.tiles == 0 {
+        return Err(ExperimentError::NoTiles { path: PathBuf::from(&record.name) });
+    }
+    (record.tiles_per_sec, record.bound_by) = together(machine, record.reading_tiles_per_sec);
+    record.seconds = record.tiles as f64 / record.tiles_per_sec;
+    record.slides_per_hour = 3600.0 / record.seconds;
+    record.slides_per_day = 24.0 * record.slides_per_hour;
+    record.kwh_per_1000_slides = machine.watts.map(|watts| watts * record.seconds * 1000.0 / 3.6e6);
+    Ok(record)
+}
+
+fn of_file(
+    path: &Path,
+    card: &ModelCard,
+    machine: &Machine,
+    record: &mut EstimateRecord,
+) -> Result<(), ExperimentError> {
+    let plan = plan::plan(Slide::open(path)?, &TilingConfig::of(card))?;
+    let extent = plan.slide.extent();
+    path.file_name().unwrap_or_default().to_string_lossy().as_ref().clone_into(&mut record.name);
+    (record.width, record.height) = (u64::try_from(extent.width).ok(), u64::try_from(extent.height).ok());
+    record.grid_tiles = Some(plan.grid_tiles);
+    record.tiles = plan.positions.len() as u64;
+    record.tissue_fraction = Some(record.tiles as f64 / plan.grid_tiles.max(1) as f64);
+    if !plan.positions.is_empty() {
+        record.reading_tiles_per_sec = Some(reading_rate(&plan, machine.readers)?);
+    }
+    Ok(())
+}
+
+/// Tiles per second of all readers, with nothing else to do: each reads its share of tiles that lie evenly over the
+/// slide's tissue.
+fn reading_rate(plan: &SlidePlan, readers: usize) -> Result<f64, ExperimentError> {
+    let options = ReadOptions { tile_size: plan.plane.tile_size, icc: false };
+    let count = plan.positions.len().min(MOST_READ);
+    let chosen: Vec<_> = (0..count).map(|index| plan.positions[index * plan.positions.len() / count]).collect();
+    let share = count.div_ceil(readers);
+    let start = Instant::now();
+    let read = std::thread::scope(|scope| {
+        let read = |positions: &[TilePosition]| {
+            let mut reader = TileReader::new(&plan.slide, &plan.choice, options)?;
+            let (mut pixels, mut done) = (Vec::new(), 0_usize);
+            for position in positions {
+                if done > 0 && start.elapsed() > MOST_READ_TIME {
+                    break;
+                }
+                reader.read(*position, &mut pixels)?;
+                done += 1;
+            }
+            Ok::<usize, ExperimentError>(done)
+        };
+        let workers: Vec<_> = chosen.chunks(share).map(|part| scope.spawn(move || read(part))).collect();
+        workers.into_iter().map(|worker| worker.join().unwrap_or(Ok(0))).sum::<Result<usize, _>>()
+    })?;
+    Ok(read as f64 / start.elapsed().as_secs_f64())
+}
+
+/// The rate of reading and inference together, and what bounds it.
+fn together(machine: &Machine, reading: Option<f64>) -> (f64, String) {
+    let Machine { inference, shares_cores, readers, cores, .. } = *machine;
+    let Some(reading) = reading else {
+        return (
+            inference,
+            "inference; how fast slides are read was not measured, a slide of your own tells".to_owned(),
+        );
+    };
+    if shares_cores {
+        // Each tile takes the cores for as long as both take on their own.
+        let rate = 1.0 / (1.0 / inference + 1.0 / reading);
+        let share = rate / inference;
+        let (what, share) = if share >= 0.5 { ("inference", share) } else { ("reading", 1.0 - share) };
+        return (rate, format!("{what} takes {:.0} % of the cores' time, which both share", 100.0 * share));
+    }
+    if reading >= inference {
+        return (inference, format!("inference; reading could feed {:.1} times as much", reading / inference));
+    }
+    let more = 2;
+    let gain = |readers_then: usize| (reading * readers_then as f64 / readers as f64).min(inference) / reading - 1.0;
+    let relief = if readers + more <= cores {
+        format!("{more} more readers would give up to +{:.0} %", 100.0 * gain(readers + more))
+    } else {
+        format!("all {cores} cores read; twice as many would give up to +{:.0} %", 100.0 * gain(2 * readers))
+    };
+    (reading, format!("reading (decode-bound): {relief}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inference::BareModel;
+
+    fn card(tile_size: u32) -> ModelCard {
+        let card = ModelCard::load(Path::new("models/cells-vit"), &BareModel::default()).unwrap();
+        ModelCard { tile_size, ..card }
+    }
+
+    fn size(width: u64, height: u64, overlap: &str) -> SlideSize {
+        let overlap = overlap.parse().unwrap();
+        SlideSize { name: "a slide".to_owned(), width, height, mpp: None, overlap, tissue_fraction: 0.4 }
+    }
+
+    const MACHINE: Machine =
+        Machine { inference: 100.0, shares_cores: false, readers: 4, cores: 16, watts: Some(500.0) };
+
+    #[test]
+    fn tiles_are_counted_by_both_rules() {
+        // Stride 168: ⌊99,776 / 168⌋ + 1 = 594, ⌊79,776 / 168⌋ + 1 = 475; the grid covers the remainder too.
+        let counts = size(100_000, 80_000, "25%").tiles(&card(224)).unwrap();
+        assert_eq!((counts.full, counts.grid), (594 * 475, 595 * 476));
+        assert_eq!(counts.tissue, 113_288);
+        // No remainder: both are the same.
+        let even = size(2240, 448, "0px").tiles(&card(224)).unwrap();
+        assert_eq!((even.full, even.grid), (20, 20));
+        // At twice the resolution the slide has half as many pixels of the model's to a side.
+        let mpp = Mpp::new(card(224).mpp.get() / 2.0).ok();
+        let finer = SlideSize { mpp, ..size(4480, 896, "0px") }.tiles(&card(224)).unwrap();
+        assert_eq!(finer.full, 20);
+    }
+
+    #[test]
+    fn what_can_not_be_cut_is_told() {
+        let error = size(200, 1000, "0px").tiles(&card(224)).unwrap_err().to_string();
+        assert!(error.contains("224") && error.contains("200"), "{error}");
+        let error = size(1000, 1000, "224px").tiles(&card(224)).unwrap_err().to_string();
+        assert!(error.contains("no step"), "{error}");
+        let nothing = Machine { inference: 0.0, ..MACHINE };
+        let question = SlideQuestion::Size(size(1000, 1000, "0px"));
+        assert!(estimate(&question, &card(224), &nothing).is_err());
+    }
+
+    #[test]
+    fn time_and_energy_follow_from_the_rate() {
+        let question = SlideQuestion::Tiles { name: "prostatectomy".to_owned(), tiles: 190_000 };
+        let record = estimate(&question, &card(224), &MACHINE).unwrap();
+        assert_eq!((record.seconds, record.slides_per_day), (1900.0, 24.0 * 3600.0 / 1900.0));
+        // 500 W for 1,900 s are 0.264 kWh.
+        assert!((record.kwh_per_1000_slides.unwrap() - 263.9).abs() < 0.1);
+    }
+
+    #[test]
+    fn the_slower_stage_bounds_a_gpu_and_both_share_a_cpu() {
+        let (rate, why) = together(&MACHINE, Some(50.0));
+        assert_eq!(rate, 50.0);
+        assert!(why.contains("2 more readers would give up to +50 %"), "{why}");
+        let (rate, why) = together(&MACHINE, Some(300.0));
+        assert_eq!(rate, 100.0);
+        assert!(why.contains("3.0 times"), "{why}");
+        let (rate, why) = together(&Machine { shares_cores: true, ..MACHINE }, Some(300.0));
+        assert_eq!(rate, 75.0);
+        assert!(why.contains("inference takes 75 %"), "{why}");
+    }
+}

@@ -1,0 +1,106 @@
+//! What `simulate` promises: throughput of the engine without slides, exact counts, and the time of a slide.
+
+mod support;
+
+use serde_json::Value;
+use slidestream::slide::synthetic::{SvsOptions, SyntheticSlide, Tissue};
+
+use support::{Finished, Workplace};
+
+const SMALL: &str = "image=32,patch=8,dim=64,depth=2,heads=2,mlp=2";
+
+fn simulate(place: &Workplace, more: &[&str]) -> Finished {
+    let mut all = vec!["simulate", "--device", "cpu", "--seconds", "0"];
+    all.extend(more);
+    place.slidestream(all)
+}
+
+fn record(outcome: &Finished) -> Value {
+    serde_json::from_str(&outcome.stdout).unwrap()
+}
+
+#[test]
+fn a_described_transformer_is_counted_and_swept() {
+    let place = Workplace::new();
+    let outcome = simulate(
+        &place,
+        &["--vit", SMALL, "--batch-sizes", "2,1", "--watts", "100", "--slide-size", "330x160", "--json"],
+    );
+    let found = record(&outcome.code(0));
+    assert_eq!(found["schema"], "slidestream/simulate/1");
+    // Patches 3·64·64 + 64, class token 64, 17 positions of 64; two blocks of norms 2·128, qkv 64·192 + 192,
+    // proj 64·64 + 64, fc1 64·128 + 128, fc2 128·64 + 64; the last norm 128.
+    let block = 256 + 64 * 192 + 192 + 64 * 64 + 64 + 64 * 128 + 128 + 128 * 64 + 64;
+    let parameters = 3 * 64 * 64 + 64 + 64 + 17 * 64 + 2 * block + 128;
+    assert_eq!(found["size"]["parameters"], parameters);
+    assert_eq!(found["size"]["formula"]["parameters"], parameters);
+    // 16 patches of 192 values; per block qkv, two products of attention, proj, fc1 and fc2 over 17 tokens.
+    let (patches, tokens) = (16, 17);
+    let block = 2 * tokens * 64 * 192 + 4 * tokens * tokens * 64 + 2 * tokens * 64 * 64 + 4 * tokens * 64 * 128;
+    assert_eq!(found["size"]["flops"], 2 * patches * 192 * 64 + 2 * block);
+    let points = found["points"].as_array().unwrap();
+    assert_eq!(points.iter().map(|point| point["batch_size"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for point in points {
+        assert!(point["tiles_per_sec"]["value"].as_f64().unwrap() > 0.0);
+        assert!(point["samples_tiles_per_sec"].as_array().unwrap().len() >= 6);
+        let stages: Vec<_> = point["stages"].as_array().unwrap().iter().map(|stage| stage["name"].clone()).collect();
+        assert_eq!(stages, ["tiles", "batch", "infer", "results"]);
+    }
+    let slide = &found["slide"];
+    // ⌊298 / 32⌋ + 1 = 10 by ⌊128 / 32⌋ + 1 = 5; the grid has one more column for the remainder of 10 px.
+    assert_eq!((slide["full_tiles"].as_u64(), slide["grid_tiles"].as_u64()), (Some(50), Some(55)));
+    let seconds = 55.0 / slide["tiles_per_sec"].as_f64().unwrap();
+    assert!((slide["seconds"].as_f64().unwrap() / seconds - 1.0).abs() < 1e-9);
+    assert!((slide["kwh_per_1000_slides"].as_f64().unwrap() / (100.0 * seconds / 3600.0) - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn the_usual_count_of_tiles_is_printed() {
+    let place = Workplace::new();
+    let vit = "image=224,patch=32,dim=32,depth=1,heads=2";
+    let slide = ["--slide-size", "100000x80000", "--overlap", "25%", "--tissue-fraction", "0.4"];
+    let outcome = simulate(&place, &[&["--vit", vit][..], &slide].concat());
+    // ⌊(100,000 − 224) / 168⌋ + 1 = 594 by ⌊(80,000 − 224) / 168⌋ + 1 = 475.
+    outcome.code(0).shows(&["full_tiles  282,150", "113,288 to infer of 283,220 in the grid", "per day"]);
+}
+
+#[test]
+fn every_precision_is_made_and_run() {
+    let place = Workplace::new();
+    for precision in ["fp32", "fp16", "int8"] {
+        let outcome = simulate(&place, &["--vit", SMALL, "--optimize", precision, "--json"]);
+        let found = record(&outcome.code(0));
+        assert!(found["model"]["variant"].as_str().unwrap().starts_with(precision), "{}", found["model"]);
+        assert_eq!(found["ceiling_flops_per_sec"].is_null(), precision == "int8");
+    }
+}
+
+#[test]
+fn a_real_slide_tells_its_tissue_and_how_fast_it_is_read() {
+    let place = Workplace::new();
+    let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(256, 192, 5) };
+    let slide = place.slide("s.svs", &slide, &SvsOptions::default());
+    let outcome = simulate(&place, &["--model", "models/cells-vit", "--slide", slide.to_str().unwrap(), "--json"]);
+    let found = record(&outcome.code(0));
+    let slide = &found["slide"];
+    assert_eq!((slide["width"].as_u64(), slide["height"].as_u64()), (Some(256), Some(192)));
+    assert_eq!(slide["tiles"], slide["grid_tiles"]);
+    let [reading, inference, both] =
+        ["reading_tiles_per_sec", "inference_tiles_per_sec", "tiles_per_sec"].map(|key| slide[key].as_f64().unwrap());
+    assert!((1.0 / both - 1.0 / reading - 1.0 / inference).abs() < 1e-9, "both share the cores");
+    assert!(slide["bound_by"].as_str().unwrap().contains("cores' time"));
+}
+
+#[test]
+fn what_has_no_answer_is_refused() {
+    let place = Workplace::new();
+    let refused = |more: &[&str]| simulate(&place, more);
+    refused(&["--vit", SMALL, "--slide-size", "20x1000"]).code(2).says(&["a tile of 32 px is larger than the slide"]);
+    refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", "32px"]).code(1).says(&["no step"]);
+    refused(&["--vit", SMALL, "--slide-size", "100"]).code(2).says(&["100000x80000"]);
+    refused(&["--vit", SMALL, "--slide-size", "100x100", "--tissue-fraction", "40"]).code(2).says(&["between 0 and 1"]);
+    refused(&["--vit", "dim=64,width=3"]).code(2).says(&["width"]);
+    refused(&["--vit", "image=33,patch=8"]).code(2).says(&["33"]);
+    refused(&["--vit", SMALL, "--profile", "toe"]).code(2).says(&["biopsy, resection, prostatectomy"]);
+    refused(&[]).code(2).says(&["--model"]);
+}
