@@ -311,8 +311,17 @@ mod tests {
         }
     }
 
-    /// Attention over `[n, 3, 4, 4]` as `[n, 12, 4]` in 2 heads, with normalised queries or a mask on the scores.
-    fn attention(is_normalised: bool, is_masked: bool) -> Model {
+    /// What an attention of the test has beside projections, softmax and heads.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Beside {
+        Nothing,
+        NormalisedQueries,
+        ScaledValues,
+        Mask,
+    }
+
+    /// Attention over `[n, 3, 4, 4]` as `[n, 12, 4]` in 2 heads.
+    fn attention(beside: Beside) -> Model {
         let mut graph = Graph::new("attention");
         let x = graph.input("x", ElementType::F32, &["n".into(), 3.into(), 4.into(), 4.into()]);
         let shape = graph.indices("tokens_shape", &[-1, 12, 4]);
@@ -326,13 +335,17 @@ mod tests {
             let split = graph.node("Reshape", &[&linear, &shape], &[]);
             heads.push(graph.node("Transpose", &[&split], &[("perm", ints(&[0, 2, 1, 3]))]));
         }
-        if is_normalised {
+        if beside == Beside::NormalisedQueries {
             let gamma = graph.weights("gamma", &[2], &[1.0, 0.5]);
             heads[0] = graph.node("LayerNormalization", &[&heads[0], &gamma], &[("axis", (-1).into())]);
         }
+        if beside == Beside::ScaledValues {
+            let factor = graph.weights("factor", &[], &[3.0]);
+            heads[2] = graph.node("Mul", &[&heads[2], &factor], &[]);
+        }
         let key = graph.node("Transpose", &[&heads[1]], &[("perm", ints(&[0, 1, 3, 2]))]);
         let mut scores = graph.node("MatMul", &[&heads[0], &key], &[]);
-        if is_masked {
+        if beside == Beside::Mask {
             let mask = graph.weights("mask", &[1, 12], &[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -9.0]);
             scores = graph.node("Add", &[&scores, &mask], &[]);
         }
@@ -353,9 +366,12 @@ mod tests {
     }
 
     #[test]
-    fn normalised_heads_keep_their_own_queries() {
-        for (is_normalised, op) in [(false, "com.microsoft.Attention"), (true, "com.microsoft.MultiHeadAttention")] {
-            let model = attention(is_normalised, false);
+    fn heads_that_are_no_plain_projections_stay_as_they_are() {
+        let (packed, separate) = ("com.microsoft.Attention", "com.microsoft.MultiHeadAttention");
+        let cases =
+            [(Beside::Nothing, packed), (Beside::NormalisedQueries, separate), (Beside::ScaledValues, separate)];
+        for (beside, op) in cases {
+            let model = attention(beside);
             let (report, fused) = report_of(&model);
             assert_eq!(fused.op_counts().get(op), Some(&1), "{report:#?}");
             for batch in [1, 2, 5] {
@@ -368,7 +384,7 @@ mod tests {
 
     #[test]
     fn a_mask_is_kept_and_told() {
-        let model = attention(false, true);
+        let model = attention(Beside::Mask);
         let (report, fused) = report_of(&model);
         assert_eq!(
             report.findings[0].to_string(),

@@ -130,11 +130,11 @@ mod tests {
         rewriter.finish().unwrap()
     }
 
-    /// Whole numbers from 0 to 255, both of which occur, of 64ths.
+    /// Whole numbers of 64ths from -100 to 155, both of which occur: bytes whose zero point is 100.
     fn tokens() -> Tensor {
         let dims = [2, 5, WIDTH];
-        let mut values: Vec<f32> = whole(&dims, 100.0, |_| 1.0).iter().map(|value| (value + 101.0) / 64.0).collect();
-        (values[0], values[1]) = (0.0, 255.0 / 64.0);
+        let mut values = whole(&dims, 100.0, |_| 1.0 / 64.0);
+        (values[0], values[1]) = (-100.0 / 64.0, 155.0 / 64.0);
         Tensor::f32(&dims, values)
     }
 
