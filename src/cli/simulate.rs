@@ -270,7 +270,8 @@ fn optimized(
         tiles: tiles(1),
         calibration: Some(tiles(2)),
         lora: None,
-        takes_bytes: false,
+        // A quarter of the bytes to the GPU, and no normalising on the way.
+        takes_bytes: target == Target::Cuda,
         keeps_io: true,
         min_cosine: 0.0,
         reduce_range: !device::list().cpu.features.iter().any(|feature| feature.contains("vnni")),
