@@ -8,6 +8,9 @@ use slidestream::slide::synthetic::{SvsOptions, SyntheticSlide, Tissue};
 use support::{Finished, Workplace};
 
 const SMALL: &str = "image=32,patch=8,dim=64,depth=2,heads=2,mlp=2";
+/// Its layers have weights enough that bytes gain.
+const WIDE: &str = "image=32,patch=8,dim=128,depth=2,heads=2,mlp=2";
+const CELLS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/cells-vit");
 
 fn simulate(place: &Workplace, more: &[&str]) -> Finished {
     let mut all = vec!["simulate", "--device", "cpu", "--seconds", "0"];
@@ -68,7 +71,7 @@ fn the_usual_count_of_tiles_is_printed() {
 fn every_precision_is_made_and_run() {
     let place = Workplace::new();
     for precision in ["fp32", "fp16", "int8"] {
-        let outcome = simulate(&place, &["--vit", SMALL, "--optimize", precision, "--json"]);
+        let outcome = simulate(&place, &["--vit", WIDE, "--optimize", precision, "--json"]);
         let found = record(&outcome.code(0));
         assert!(found["model"]["variant"].as_str().unwrap().starts_with(precision), "{}", found["model"]);
         assert_eq!(found["ceiling_flops_per_sec"].is_null(), precision == "int8");
@@ -80,7 +83,7 @@ fn a_real_slide_tells_its_tissue_and_how_fast_it_is_read() {
     let place = Workplace::new();
     let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(256, 192, 5) };
     let slide = place.slide("s.svs", &slide, &SvsOptions::default());
-    let outcome = simulate(&place, &["--model", "models/cells-vit", "--slide", slide.to_str().unwrap(), "--json"]);
+    let outcome = simulate(&place, &["--model", CELLS, "--slide", slide.to_str().unwrap(), "--json"]);
     let found = record(&outcome.code(0));
     let slide = &found["slide"];
     assert_eq!((slide["width"].as_u64(), slide["height"].as_u64()), (Some(256), Some(192)));
