@@ -1,7 +1,7 @@
 //! How close the outputs of two variants are to each other, whoever is right.
 
-/// Cosine of the angle between two outputs, in −1..=1, summed in f64; `None` if one is all zeros or holds what isn't
-/// finite, or they differ in length. Exactly 1 for equal outputs.
+/// Cosine of the angle between two outputs, in −1..=1, summed in f64; `None` if one holds what isn't finite, or they
+/// differ in length. Exactly 1 for equal outputs; 0 if only one is all zeros, which has no direction.
 #[must_use]
 pub fn cosine(a: &[f32], b: &[f32]) -> Option<f64> {
     if a.len() != b.len() {
@@ -13,6 +13,9 @@ pub fn cosine(a: &[f32], b: &[f32]) -> Option<f64> {
         dot += a * b;
         a_squared += a * a;
         b_squared += b * b;
+    }
+    if a_squared == 0.0 || b_squared == 0.0 {
+        return Some(if a_squared == b_squared { 1.0 } else { 0.0 }).filter(|_| dot.is_finite());
     }
     // The root of the product, not the product of the roots: what is equal then gives exactly 1.
     let cosine = dot / f64::sqrt(a_squared * b_squared);
@@ -84,7 +87,7 @@ mod tests {
         assert_eq!(cosine(&[1.0, 2.0], &[-2.0, -4.0]), Some(-1.0));
         // 3·4 + 4·3 = 24, norms 5 and 5.
         assert!((cosine(&[3.0, 4.0], &[4.0, 3.0]).unwrap() - 0.96).abs() < 1e-15);
-        assert_eq!(cosine(&[0.0, 0.0], &[1.0, 0.0]), None);
+        assert_eq!((cosine(&[0.0, 0.0], &[1.0, 0.0]), cosine(&[0.0; 2], &[0.0; 2])), (Some(0.0), Some(1.0)));
         assert_eq!(cosine(&[f32::NAN, 0.0], &[1.0, 0.0]), None);
         assert_eq!(cosine(&[f32::INFINITY, 0.0], &[1.0, 0.0]), None);
         assert_eq!(cosine(&[1.0], &[1.0, 0.0]), None);

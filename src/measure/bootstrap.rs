@@ -45,13 +45,14 @@ impl Bootstrap {
     /// The interval of a statistic over `items` items, which it gets as indices, drawn with replacement.
     ///
     /// What is drawn must be independent: where tiles of one slide resemble each other, an item is a slide. Resamples in
-    /// which the statistic is not finite (a class was not drawn) are left out; `None` if it is not finite over all items
-    /// or in more than half of the resamples.
+    /// which the statistic is not finite (a class was not drawn) are left out; `None` for fewer
+    /// than two items, or if it is not finite over all items or in more than half of the resamples.
     #[must_use]
     pub fn interval(&self, items: usize, statistic: impl Fn(&[usize]) -> f64) -> Option<Interval> {
         let mut drawn: Vec<usize> = (0..items).collect();
         let value = statistic(&drawn);
-        if items == 0 || !value.is_finite() {
+        // One alone tells nothing of how others would differ.
+        if items < 2 || !value.is_finite() {
             return None;
         }
         let mut random = SplitMix64(self.seed);
