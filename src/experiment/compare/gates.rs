@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::inference::{ModelCard, Task};
-use crate::report::compare::{AccuracyRecord, AgreementRecord, Bound, GateRecord, MetricRecord};
+use crate::report::compare::{AccuracyRecord, AgreementRecord, Bound, GateRecord, LeftOutRecord, MetricRecord};
 
 /// The limits; `None` is not asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -42,14 +42,31 @@ impl FromStr for MostFlips {
 }
 
 impl Gates {
-    /// Holds every variant against the limits.
+    /// Whether anything is asked for.
+    pub(super) fn any(&self) -> bool {
+        *self != Self::default()
+    }
+
+    /// Holds every variant against the limits; one that failed to run passes none.
     pub(super) fn judge(
         &self,
         card: &ModelCard,
         agreement: &[AgreementRecord],
         accuracy: Option<&AccuracyRecord>,
+        left_out: &[LeftOutRecord],
     ) -> Vec<GateRecord> {
         let mut gates = Vec::new();
+        for left in left_out.iter().filter(|left| left.is_failure && self.any()) {
+            gates.push(GateRecord {
+                variant: left.name.clone(),
+                name: "runs".to_owned(),
+                bound: Bound::AtLeast,
+                limit: 1.0,
+                value: None,
+                passed: false,
+                reason: left.why.clone(),
+            });
+        }
         for of in agreement {
             if let Some(limit) = self.min_cosine {
                 let value = of.cosine.map(|cosine| cosine.mean).filter(|_| of.nan_count == 0);
@@ -125,7 +142,7 @@ mod tests {
 
     fn judge(gates: Gates, of: AgreementRecord, accuracy: Option<&AccuracyRecord>) -> Vec<bool> {
         let card = ModelCard::load(Path::new("models/cells-vit"), &BareModel::default()).unwrap();
-        gates.judge(&card, &[of], accuracy).iter().map(|gate| gate.passed).collect()
+        gates.judge(&card, &[of], accuracy, &[]).iter().map(|gate| gate.passed).collect()
     }
 
     #[test]

@@ -84,13 +84,16 @@ pub fn compare(
 
     say(&format!("opening {} variants on {}", subjects.len(), subjects[0].device));
     let subjects = subjects::that_run(subjects, &tiles, &mut left_out)?;
+    if request.gates.any() && subjects.len() == 1 && !left_out.iter().any(|left| left.is_failure) {
+        return Err(ExperimentError::NothingToGate);
+    }
     let batch = subjects::batch_size(&subjects[0], request.batch_size)?;
 
     say(&format!("comparing outputs on {}", tiles.source));
     let agreement = quality::agreement(&subjects, &tiles, batch.run)?;
     let accuracy =
         labelled.as_ref().map(|labelled| accuracy::accuracy(&subjects, labelled, batch.run, say)).transpose()?;
-    let gates = request.gates.judge(&subjects[0].card, &agreement, accuracy.as_ref());
+    let gates = request.gates.judge(&subjects[0].card, &agreement, accuracy.as_ref(), &left_out);
 
     let ladder = Ladder::new(&subjects, batch, request.slide.is_some());
     say(&format!("timing {} configurations of the model alone", ladder.alone.len()));

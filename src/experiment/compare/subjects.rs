@@ -96,7 +96,7 @@ pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<Le
             {
                 let made_for = variant.provider.map_or_else(String::new, |provider| provider.to_string());
                 let why = format!("made for {made_for}, not for {}", original.device);
-                left_out.push(LeftOutRecord { name, why });
+                left_out.push(LeftOutRecord { name, why, is_failure: false });
                 continue;
             }
             match device::resolve(&request.devices, request.provider, variant.provider) {
@@ -106,7 +106,11 @@ pub(super) fn subjects(request: &CompareRequest) -> Result<(Vec<Subject>, Vec<Le
                     subjects.push(Subject { name, model, card, variant, device, provider: found.provider });
                 }
                 Err(error) if is_original => return Err(error.into()),
-                Err(error) => left_out.push(LeftOutRecord { name, why: crate::engine::chain(&error) }),
+                Err(error) => {
+                    // Asked for by name, or only because the card lists it.
+                    let is_failure = !request.variants.is_empty();
+                    left_out.push(LeftOutRecord { name, why: crate::engine::chain(&error), is_failure });
+                }
             }
         }
     }
@@ -125,7 +129,10 @@ pub(super) fn that_run(
         match subject.open().and_then(|mut session| session.predict(&tiles[..tiles.len().min(2)])) {
             Ok(_) => running.push(subject),
             Err(error) if running.is_empty() => return Err(error.into()),
-            Err(error) => left_out.push(LeftOutRecord { name: subject.name, why: crate::engine::chain(&error) }),
+            Err(error) => {
+                let why = crate::engine::chain(&error);
+                left_out.push(LeftOutRecord { name: subject.name, why, is_failure: true });
+            }
         }
     }
     Ok(running)

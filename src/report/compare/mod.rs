@@ -78,6 +78,9 @@ pub struct LeftOutRecord {
     pub name: String,
     /// Why not.
     pub why: String,
+    /// Whether it was to be compared, and failed: then no gate is passed. False for one that is made for elsewhere.
+    #[serde(default)]
+    pub is_failure: bool,
 }
 
 /// A model with the variants that were compared.
