@@ -141,6 +141,41 @@ fn variants_for_openvino_have_standard_operators_alone() {
 }
 
 #[test]
+fn neither_the_model_nor_another_one_is_written_over() {
+    let place = Workplace::new();
+    let folder = place.at("own");
+    fs::create_dir_all(&folder).unwrap();
+    let model = folder.join("net.onnx");
+    let bytes = fs::read(fixture("unet.onnx")).unwrap();
+    fs::write(&model, &bytes).unwrap();
+    let optimize = |more: &[&str], out: &Path, classes: &str| {
+        let more: Vec<&str> = more.iter().copied().chain(["--tiles", "2", "--out", out.to_str().unwrap()]).collect();
+        let mut all = arguments("optimize", &model, &more, "segmentation");
+        let place_of = all.iter().position(|word| word == "a,b").unwrap();
+        all[place_of] = classes.to_owned();
+        place.slidestream(all)
+    };
+    optimize(&["--to", "fp32"], &folder, "a,b")
+        .code(2)
+        .says(&["the folder of the model itself", "choose another folder"]);
+    assert_eq!((fs::read(&model).unwrap(), fs::read_dir(&folder).unwrap().count()), (bytes, 1));
+    let out = place.at("made");
+    optimize(&["--to", "fp32"], &out, "a,b").code(0);
+    // The same model again is added to; one whose classes mean something else is not.
+    optimize(&["--to", "fp16"], &out, "a,b").code(0);
+    let card = fs::read_to_string(out.join("card.toml")).unwrap();
+    assert!(card.contains("[variants.fp16]") && card.contains("[variants.fp32-rewritten]"), "{card}");
+    optimize(&["--to", "fp16"], &out, "b,a").code(1).says(&["holds the model", "choose another folder"]);
+    assert_eq!(fs::read_to_string(out.join("card.toml")).unwrap(), card);
+    // A name that leads elsewhere.
+    fs::write(out.join("card.toml"), card.replacen("name = \"net\"", "name = \"../net\"", 1)).unwrap();
+    let more = ["--to", "fp32", "--out", folder.to_str().unwrap()];
+    let mut all = vec!["optimize".to_owned(), out.display().to_string()];
+    all.extend(more.map(str::to_owned));
+    place.slidestream(all).code(1).says(&["\"../net\"", "begin the name of a file"]);
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_before_any_work() {
     let place = Workplace::new();
     let out = place.at("made");

@@ -119,6 +119,8 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
             | ExperimentError::Refused { .. }
             | ExperimentError::Incomparable { .. }
             | ExperimentError::TileLargerThanSlide { .. }
+            | ExperimentError::InTheWay { .. }
+            | ExperimentError::NothingToGate
             | ExperimentError::Vit(_)
             | ExperimentError::Labels { .. } => USAGE,
             _ => 1,

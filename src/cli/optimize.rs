@@ -149,6 +149,14 @@ fn explanation(variants: &[VariantRecord]) -> String {
     text
 }
 
+fn verdict(variant: &VariantRecord) -> &'static str {
+    match (variant.is_recommended, &variant.file, &variant.speed) {
+        (true, ..) => "recommended",
+        (false, Some(_), None) => "made, its speed not measured here",
+        _ => "not recommended",
+    }
+}
+
 fn summary(variants: &[VariantRecord], out: &Path) -> String {
     let mut text = String::new();
     for variant in variants {
@@ -176,7 +184,7 @@ fn summary(variants: &[VariantRecord], out: &Path) -> String {
             ("  file", file),
             ("  agreement", format!("{close} ({} tiles)", agreement.tiles)),
             ("  speed", speed),
-            ("  verdict", if variant.is_recommended { "recommended".to_owned() } else { "not recommended".to_owned() }),
+            ("  verdict", verdict(variant).to_owned()),
             ("  note", variant.note.clone()),
         ]));
     }

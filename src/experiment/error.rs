@@ -83,6 +83,9 @@ pub enum ExperimentError {
         /// How they differ.
         what: String,
     },
+    /// Gates without a variant to hold against them.
+    #[error("gates were given, but there is no variant beside the original to hold against them")]
+    NothingToGate,
     /// Labels can't be read, or don't fit the model.
     #[error("{}: {reason}", path.display())]
     Labels {
@@ -117,8 +120,29 @@ pub enum ExperimentError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The original gives NaN or infinite values, so that nothing can be held against it.
+    #[error("{}: the original gives NaN or infinite values for {nonfinite} of {tiles} tiles", path.display())]
+    OriginalNotFinite {
+        /// Its file.
+        path: PathBuf,
+        /// Tiles with such values.
+        nonfinite: usize,
+        /// Tiles that were tried.
+        tiles: usize,
+    },
+    /// No product of the model gains as bytes.
+    #[error("there is nothing to quantise: no layer of the model has weights enough that bytes gain")]
+    NothingToQuantize,
+    /// Files of a model would be written over each other, or over the model itself.
+    #[error("{}: {what}", path.display())]
+    InTheWay {
+        /// The folder or file.
+        path: PathBuf,
+        /// What is in the way.
+        what: &'static str,
+    },
     /// The folder that is to be written holds another model.
-    #[error("{}: holds the model {found:?} already", path.display())]
+    #[error("{}: holds the model {found:?} already, made of other weights or described otherwise", path.display())]
     Occupied {
         /// The folder.
         path: PathBuf,
@@ -175,7 +199,8 @@ impl ExperimentError {
                 "give a folder with one folder of images per class, or a CSV with the columns image,label or image,mask \
                  and perhaps group"
             }
-            Self::Occupied { .. } => "choose another folder with out",
+            Self::Occupied { .. } | Self::InTheWay { .. } => "choose another folder with out",
+            Self::OriginalNotFinite { .. } => "check the model's weights, the adapter, and mean and std of its card",
             _ => return None,
         };
         Some(text.to_owned())

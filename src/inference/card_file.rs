@@ -143,6 +143,10 @@ pub(super) fn from_toml(text: &str, path: &Path) -> Result<ModelCard, ModelError
         }
         None => 0,
     };
+    // Files are named after it.
+    if file.name.is_empty() || file.name.starts_with('.') || file.name.contains(['/', '\\', '\0']) {
+        return Err(value("name", format!("is {:?}, which can't begin the name of a file", file.name)));
+    }
     let mut classes = Vec::with_capacity(file.classes.len());
     for ClassEntry { name, color } in file.classes {
         let wrong = || value("classes", format!("gives {name:?} the colour {color:?}, which is not like #e8e8e8"));

@@ -51,7 +51,7 @@ pub(super) fn candidates(
         }
     }
     let mut made = Vec::new();
-    if let Some((found, name)) = best {
+    if let Some((found, name)) = best.filter(|(found, _)| found.report.applied() > 0) {
         let note = format!("static INT8 with {name} ranges of {}{}", tiles.source, needs(request.reduce_range));
         let passes = passes.iter().cloned().chain([found.report]).collect();
         let name = if is_plain { "int8-openvino" } else { "int8" };
@@ -63,10 +63,13 @@ pub(super) fn candidates(
         let options = DynamicOptions { reduce_range: request.reduce_range, ..DynamicOptions::default() };
         let report = quantize_dynamic(&mut rewriter, &options)?;
         let note = format!("dynamic INT8{}", needs(request.reduce_range));
+        let is_quantized = report.applied() > 0;
         let passes = passes.into_iter().chain([report]).collect();
-        made.push(graphs.candidate("int8", rewriter, passes, &note)?);
+        if is_quantized {
+            made.push(graphs.candidate("int8", rewriter, passes, &note)?);
+        }
     }
-    Ok(made)
+    if made.is_empty() { Err(ExperimentError::NothingToQuantize) } else { Ok(made) }
 }
 
 /// Runs the model on the calibration tiles and collects what its values are.

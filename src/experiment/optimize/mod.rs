@@ -27,6 +27,9 @@ use crate::onnx::{Model, Rewriter};
 use crate::output::{AtomicFile, write_atomic};
 use crate::report::{NodeRecord, PassRecord, VariantRecord};
 
+/// What is written beside the models.
+const OWN_FILES: [&str; 2] = ["card.toml", "optimize.json"];
+
 /// What variants are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -139,12 +142,13 @@ pub fn optimize(
 ) -> Result<Optimized, ExperimentError> {
     refuse(request)?;
     let source = card.default_variant()?;
+    not_its_own(source, &request.out)?;
     let mut model = source.load()?;
     model.embed_weights(&source.file)?;
     let contract = card.check(&model, &source.file)?;
     let probe = Probe { card, contract: &contract, tiles: &request.tiles };
     std::fs::create_dir_all(&request.out).map_err(|source| file_error(&request.out, "written", source))?;
-    let mut made = existing(card, &request.out)?;
+    let mut made = existing(card, source, request)?;
 
     let adapter = request.lora.as_deref().map(Adapter::load).transpose()?;
     let unmerged = adapter.as_ref().map(|adapter| beside(&model, adapter)).transpose()?;
@@ -175,21 +179,39 @@ pub fn optimize(
     if let Some(unmerged) = unmerged {
         enter_best(vec![unmerged], say)?;
     }
-    for precision in &request.precisions {
-        let candidates = match (precision, request.target) {
-            (Precision::Fp32, Target::Cpu) => graphs.for_cpu()?,
-            (Precision::Fp32, Target::OpenVino) => vec![graphs.for_openvino()?],
-            (Precision::Fp32, Target::Cuda) => vec![graphs.for_cuda("fp32-cuda")?],
-            (Precision::Fp16, _) => vec![graphs.fp16()?],
-            (Precision::Int8, _) => {
-                say("calibrating");
-                int8::candidates(&graphs, &trial, say)?
-            }
-        };
-        enter_best(candidates, say)?;
-    }
+    let mut enter_all = || {
+        for precision in &request.precisions {
+            let candidates = match (precision, request.target) {
+                (Precision::Fp32, Target::Cpu) => graphs.for_cpu()?,
+                (Precision::Fp32, Target::OpenVino) => vec![graphs.for_openvino()?],
+                (Precision::Fp32, Target::Cuda) => vec![graphs.for_cuda("fp32-cuda")?],
+                (Precision::Fp16, _) => vec![graphs.fp16()?],
+                (Precision::Int8, _) => {
+                    say("calibrating");
+                    int8::candidates(&graphs, &trial, say)?
+                }
+            };
+            enter_best(candidates, say)?;
+        }
+        Ok::<(), ExperimentError>(())
+    };
+    let outcome = enter_all();
+    // Also after a precision that can't be made: what was made before it is good.
     write_card(&mut made, &request.out)?;
+    outcome?;
     Ok(Optimized { card: made, variants })
+}
+
+/// The folder of the model itself is never written to.
+fn not_its_own(source: &Variant, out: &Path) -> Result<(), ExperimentError> {
+    let folder = source.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let is_same =
+        std::fs::canonicalize(out).ok().is_some_and(|out| std::fs::canonicalize(folder).is_ok_and(|own| own == out));
+    if is_same {
+        let what = "is the folder of the model itself, which is never changed";
+        return Err(ExperimentError::InTheWay { path: out.to_owned(), what });
+    }
+    Ok(())
 }
 
 /// Of several candidates with one name only one can enter the card: among those that passed, and are nearly as fast as
@@ -323,14 +345,21 @@ fn merge(model: Model, adapter: &Adapter) -> Result<(Model, Option<PassReport>),
     Ok((rewriter.finish()?, Some(report)))
 }
 
-/// The card that the folder has, if it is of the same model, else this card without variants.
-fn existing(card: &ModelCard, out: &Path) -> Result<ModelCard, ExperimentError> {
+/// The card that the folder has, if it is of the same weights and says the same of them; else this card without
+/// variants.
+fn existing(card: &ModelCard, source: &Variant, request: &OptimizeRequest) -> Result<ModelCard, ExperimentError> {
+    let out = &request.out;
     let path = out.join("card.toml");
     if !path.exists() {
         return Ok(ModelCard { path, variants: BTreeMap::new(), ..card.clone() });
     }
     let found = ModelCard::load(&path, &BareModel::default())?;
-    if found.name != card.name {
+    let plain = |card: &ModelCard| {
+        let (path, variants) = (PathBuf::new(), BTreeMap::new());
+        ModelCard { path, variants, description: String::new(), metrics: Default::default(), ..card.clone() }
+    };
+    let is_of_same_weights = found.variants.get("fp32").is_some_and(|original| original.sha256 == source.sha256);
+    if plain(&found) != plain(card) || !is_of_same_weights || request.lora.is_some() {
         return Err(ExperimentError::Occupied { path: out.to_owned(), found: found.name });
     }
     Ok(found)
@@ -347,9 +376,11 @@ fn place(out: &Path, name: &str, source: &Variant, merged: Option<&Model>) -> Re
     let folder = source.file.parent().unwrap_or(Path::new(""));
     for from in model.weight_files(&source.file)?.into_iter().chain([source.file.clone()]) {
         let to = out.join(from.strip_prefix(folder).unwrap_or(&from));
-        if to != from {
-            copy(&from, &to)?;
+        if OWN_FILES.iter().any(|own| to == out.join(own)) {
+            let what = "has the name of a file that is written beside it";
+            return Err(ExperimentError::InTheWay { path: from, what });
         }
+        copy(&from, &to)?;
     }
     Ok(Variant { name: name.to_owned(), file, ..source.clone() })
 }
@@ -378,7 +409,7 @@ fn enter(
         }
         return Ok(record);
     }
-    let file = request.out.join(format!("{}-{}.onnx", made.name, record.name));
+    let file = free_name(made, &record.name, &request.out)?;
     model.save_with_weights(&file)?;
     let Variant { sha256, .. } = Variant::of_file(&record.name, &file)?;
     let weights = Model::load(&file)?.weight_files(&file)?;
@@ -389,6 +420,17 @@ fn enter(
     let note = Some(record.note.clone());
     made.variants.insert(record.name.clone(), Variant { file, sha256, note, ..variant });
     Ok(record)
+}
+
+/// A file for a variant that is neither the original nor one of its weights.
+fn free_name(made: &ModelCard, variant: &str, out: &Path) -> Result<PathBuf, ExperimentError> {
+    let original = &made.default_variant()?.file;
+    let mut taken = Model::load(original)?.weight_files(original)?;
+    taken.push(original.clone());
+    let is_free = |file: &PathBuf| !taken.contains(file) && !taken.contains(&file.with_extension("onnx.data"));
+    let named = |end: &str| out.join(format!("{}-{variant}{end}.onnx", made.name));
+    let numbered = (2..).map(|number| named(&format!("-{number}")));
+    Ok(std::iter::once(named("")).chain(numbered).find(is_free).unwrap_or_else(|| named("")))
 }
 
 fn write_card(card: &mut ModelCard, out: &Path) -> Result<(), ExperimentError> {

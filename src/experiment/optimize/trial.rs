@@ -55,6 +55,11 @@ impl<'a> Trial<'a> {
         let card = ModelCard { activation: Activation::None, ..card.clone() };
         let mut session = open(&card, original, Provider::Cpu, None)?;
         let predictions = agreement::predict(&mut session, &request.tiles.slices(), 1)?;
+        let nonfinite = predictions.iter().flat_map(Prediction::nonfinite_per_tile).filter(|count| *count > 0).count();
+        if nonfinite > 0 {
+            let (path, tiles) = (original.file.clone(), predictions.len());
+            return Err(ExperimentError::OriginalNotFinite { path, nonfinite, tiles });
+        }
         Ok(Self { card, original: original.clone(), predictions, request })
     }
 
@@ -196,7 +201,7 @@ fn verdict(
             top1_agreement: agreement.top1,
             nonfinite: agreement.nonfinite,
         },
-        is_recommended: is_sound && is_faster != Some(false),
+        is_recommended: is_sound && is_faster == Some(true),
         speed,
         note: format!("{note}; {said}"),
         passes: passes.iter().map(record).collect(),
