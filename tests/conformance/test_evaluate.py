@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT, card, save
+from conftest import NORMALISED, ROOT, save
 from onnx import TensorProto, helper
 from PIL import Image
 from sklearn import metrics
@@ -16,6 +16,8 @@ import reference
 
 SIDE = 16
 CLASSES = [f"class {index}" for index in range(7)]
+# Unequal, so that balanced figures differ from the others.
+SHARES = (0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.05)
 # Both sides add the same numbers of 64 bits, in other orders.
 TOLERANCE = 1e-9
 
@@ -34,7 +36,7 @@ def classified(tmp_path_factory):
     centres = random.uniform(60, 200, (len(CLASSES), 3))
     rows = []
     for index in range(280):
-        label = int(random.integers(0, len(CLASSES)) ** 2 // len(CLASSES))
+        label = int(random.choice(len(CLASSES), p=SHARES))
         pixels = random.normal(centres[label] + random.normal(0, 35, 3), 12, (SIDE, SIDE, 3)).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
         rows.append((f"{index}.png", CLASSES[label], f"patient {index % 23}"))
@@ -53,11 +55,11 @@ def classified(tmp_path_factory):
         helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", len(CLASSES)]),
         [("weights", (25 * weights).astype(np.float32)), ("bias", (25 * bias).astype(np.float32))],
     )
-    described = card(
-        folder / "nearest", model, task="classification", tile_size=SIDE, mpp=0.5, mean=[0.0] * 3, std=[1.0] * 3,
-        activation="softmax", classes=CLASSES,
+    described = (
+        "--model", model, "--task", "classification", "--target-mpp", "0.5", "--activation", "softmax",
+        "--class-names", ",".join(CLASSES), "--mean", "0,0,0", "--std", "1,1,1",
     )  # fmt: skip
-    call("evaluate", folder / "labels.csv", "--model", described, "--out", folder / "out")
+    call("evaluate", folder / "labels.csv", *described, "--out", folder / "out")
     with open(folder / "out/predictions.csv", newline="") as file:
         table = list(csv.DictReader(file))
     return json.loads((folder / "out/evaluate.json").read_text()), table, model
@@ -139,9 +141,9 @@ def test_an_interval_is_the_bootstrap_of_its_groups(classified, columns):
 def test_maps(tmp_path, colour_segmenter):
     """Masks that `predict` writes are what `evaluate` counts, and its figures are scikit-learn's."""
     random, names = np.random.default_rng(5), ["glass", "nucleus", "stroma"]
-    described = card(
-        tmp_path / "maps", colour_segmenter, task="segmentation", tile_size=256, overlap=64, mpp=0.5,
-        mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], activation="softmax", classes=names,
+    described = (
+        "--model", colour_segmenter, "--task", "segmentation", "--target-mpp", "0.5", "--activation", "softmax",
+        "--class-names", ",".join(names), *NORMALISED,
     )  # fmt: skip
     rows = [("image", "mask")]
     for index in range(3):
@@ -149,7 +151,7 @@ def test_maps(tmp_path, colour_segmenter):
         Image.fromarray(coarse).resize((300 + 20 * index, 280)).save(tmp_path / f"{index}.png")
         rows.append((f"{index}.png", f"mask-{index}.png"))
     images = [tmp_path / f"{index}.png" for index in range(3)]
-    call("predict", *images, "--model", described, "--out", tmp_path / "masks")
+    call("predict", *images, *described, "--out", tmp_path / "masks")
     found = [np.asarray(Image.open(tmp_path / f"masks/{index}.mask.png")) for index in range(3)]
     labels = []
     for index, one in enumerate(found):
@@ -160,7 +162,7 @@ def test_maps(tmp_path, colour_segmenter):
         labels.append(mask)
     with open(tmp_path / "labels.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    call("evaluate", tmp_path / "labels.csv", "--model", described, "--out", tmp_path / "out")
+    call("evaluate", tmp_path / "labels.csv", *described, "--out", tmp_path / "out")
     record = json.loads((tmp_path / "out/evaluate.json").read_text())
     truth, seen = (np.concatenate([one.ravel() for one in maps]) for maps in (labels, found))
     truth, seen = truth[truth != 255], seen[truth != 255]
