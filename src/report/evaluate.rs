@@ -132,6 +132,8 @@ pub struct FigureRecord {
 pub struct ClassFigures {
     /// Its name.
     pub class: String,
+    /// Its colour, red, green and blue.
+    pub color: [u8; 3],
     /// Items that have it.
     pub support: u64,
     /// Items that were predicted to have it.

@@ -194,6 +194,7 @@ fn by_classes(card: &ModelCard, counts: &ClassCounts, figures: &[Option<FigureRe
     let classes = card.classes.len();
     let record = |(index, class): (usize, &crate::inference::Class)| ClassFigures {
         class: class.name.clone(),
+        color: class.color,
         support: counts.support(index),
         predicted: counts.predicted(index),
         precision: figures[index],

@@ -193,7 +193,8 @@ fn worst(record: &EvaluateRecord) -> String {
             "pictures tiles-of",
         )
     };
-    let mut html = format!("<div class=\"{class}\">\n");
+    let mut html = if is_map(record) { legend(&record.found.classes) } else { String::new() };
+    let _ = writeln!(html, "<div class=\"{class}\">");
     for WorstRecord { path, label, predicted, value, png_base64 } in &record.found.worst {
         let name = path.rsplit(['/', '\\']).next().unwrap_or(path);
         let title = match (label, predicted) {
@@ -204,6 +205,16 @@ fn worst(record: &EvaluateRecord) -> String {
         html.push_str(&figure(png_base64, &title, &caption));
     }
     section("The worst errors", lead, &(html + "</div>\n"))
+}
+
+/// The colours of the classes.
+fn legend(classes: &[ClassFigures]) -> String {
+    let item = |class: &ClassFigures| {
+        let [red, green, blue] = class.color;
+        let name = escape(&class.class);
+        format!("<span><i style=\"background:rgb({red} {green} {blue})\"></i>{name}</span>\n")
+    };
+    format!("<p class=\"legend\">{}</p>\n", classes.iter().map(item).collect::<String>())
 }
 
 fn calibration(record: &EvaluateRecord) -> String {
@@ -308,6 +319,7 @@ mod tests {
         let figure = |value| Some(FigureRecord { value, low: Some(value - 0.1), high: None });
         let class = |index: usize| ClassFigures {
             class: format!("{HOSTILE}{index}"),
+            color: [1, 2, 3],
             support: 3,
             predicted: 4,
             precision: figure(0.5),
@@ -380,6 +392,16 @@ mod tests {
                 assert!(html.contains(expected), "{expected}");
             }
         }
+    }
+
+    #[test]
+    fn maps_have_a_legend() {
+        let mut record = record(3);
+        record.found.model.task = "segmentation".into();
+        let html = evaluate_html(&record);
+        assert_nested(&html);
+        assert_eq!(html.matches("background:rgb(1 2 3)").count(), 3);
+        assert!(html.contains("<b>Dice 0.900</b>"));
     }
 
     #[test]
