@@ -16,7 +16,7 @@ use slidestream::report::compare::{
 use slidestream::report::{compare_html, to_json};
 
 use super::options::BareModelOptions;
-use super::{Failure, Outcome, prepare, say, show};
+use super::{Failure, Outcome, prepare, say, show, table};
 
 /// Writes compare.json, compare.csv and compare.html; exit code 4 if a gate fails
 #[derive(clap::Args, Debug)]
@@ -146,9 +146,9 @@ fn record(found: Findings, started: String) -> CompareRecord {
 
 fn summary(record: &CompareRecord, out: &Path) -> String {
     let heads = ["", "step", "variant", "batch", "model alone", "", "end to end", "", "memory"];
-    let mut rows = vec![heads.map(str::to_owned)];
-    rows.extend(record.found.ladder.iter().enumerate().map(|(index, row)| cells(index, row)));
-    let mut text = aligned(&rows);
+    let rows: Vec<Vec<String>> =
+        record.found.ladder.iter().enumerate().map(|(index, row)| cells(index, row).to_vec()).collect();
+    let mut text = table(&heads, &rows);
     text.push('\n');
     for sentence in &record.conclusions {
         writeln!(text, "{sentence}").ok();
@@ -176,14 +176,4 @@ fn cells(index: usize, row: &LadderRow) -> [String; 9] {
     let number = (index + 1).to_string();
     let (name, variant, batch) = (row.name.clone(), row.variant.clone(), row.batch.to_string());
     [number, name, variant, batch, time(alone), gain(alone), time(whole), gain(whole), memory]
-}
-
-fn aligned(rows: &[[String; 9]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for row in rows {
-        let cells = row.iter().enumerate().map(|(column, cell)| format!("{cell:<width$}", width = width(column)));
-        writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end()).ok();
-    }
-    text
 }

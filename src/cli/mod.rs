@@ -4,9 +4,11 @@
 
 mod compare;
 mod doctor;
+mod evaluate;
 mod inspect;
 mod optimize;
 mod options;
+mod predict;
 mod prepare;
 mod progress;
 mod run;
@@ -51,6 +53,10 @@ enum Command {
     Compare(Box<compare::Args>),
     /// Run a model without slides: throughput, cost, and the time of a slide
     Simulate(Box<simulate::Args>),
+    /// Hold a model against labelled images: accuracy, class by class, with intervals
+    Evaluate(Box<evaluate::Args>),
+    /// Predict images that are no slides: a class for each, or a mask
+    Predict(Box<predict::Args>),
     /// Check that this machine has what it takes
     Doctor(doctor::Args),
 }
@@ -61,7 +67,7 @@ enum Outcome {
     Done,
     /// Everything failed, or what all depends on did.
     Failed,
-    /// Some slides or tiles failed.
+    /// Some slides, tiles or images failed.
     Partly,
     /// All was done, and something was not as it must be.
     GateFailed,
@@ -122,7 +128,8 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
             | ExperimentError::InTheWay { .. }
             | ExperimentError::NothingToGate
             | ExperimentError::Vit(_)
-            | ExperimentError::Labels { .. } => USAGE,
+            | ExperimentError::Labels { .. }
+            | ExperimentError::Unsuited { .. } => USAGE,
             _ => 1,
         };
         Self { message: error.chain(), hint: error.hint(), code }
@@ -139,6 +146,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Optimize(args) => optimize::execute(&args),
         Command::Compare(args) => compare::execute(&args),
         Command::Simulate(args) => simulate::execute(&args),
+        Command::Evaluate(args) => evaluate::execute(&args),
+        Command::Predict(args) => predict::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
     };
     match outcome {
@@ -172,4 +181,20 @@ fn columns<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
         writeln!(text, "{name:width$}  {value}").ok();
         text
     })
+}
+
+/// Rows of cells under each other; those in which something is a number stand at the right.
+fn table(heads: &[&str], rows: &[Vec<String>]) -> String {
+    let all = || std::iter::once(heads.to_vec()).chain(rows.iter().map(|row| row.iter().map(String::as_str).collect()));
+    let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..heads.len()).map(width).collect();
+    let is_number = |column: usize| rows.iter().any(|row| row[column].starts_with(|c: char| c.is_ascii_digit()));
+    let mut text = String::new();
+    for row in all() {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
+            if is_number(column) && column > 0 { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end()).ok();
+    }
+    text
 }

@@ -16,7 +16,7 @@ use super::progress::Style;
 use slidestream::engine::cohort::CohortOptions;
 use slidestream::engine::config::{Emit, OnFailure, TilingConfig, TissueSource};
 use slidestream::geometry::{Level0Rect, Mpp, Overlap};
-use slidestream::inference::BareModel;
+use slidestream::inference::{BareModel, DeviceRequest, ModelCard, PredictorOptions, ProviderRequest};
 
 /// The value of an option as text; in a TOML file it may also be a number or a truth value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -119,6 +119,38 @@ impl BareModelOptions {
     /// The model that a bare `.onnx` file is.
     pub(super) fn model(&self) -> Result<BareModel, Failure> {
         self.rest.model(self.target_mpp)
+    }
+}
+
+/// A model that predicts what is at hand, and where it does.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct PredictorArgs {
+    /// A model folder, a card, or an .onnx file
+    #[arg(long, short, value_name = "DIR|CARD|MODEL.onnx")]
+    pub(super) model: PathBuf,
+    /// Model variant: fp32 and what the card lists
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceRequest,
+    /// auto, cpu, openvino, cuda or tensorrt
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    provider: ProviderRequest,
+    #[command(flatten)]
+    bare: BareModelOptions,
+}
+
+impl PredictorArgs {
+    /// The model's card.
+    pub(super) fn card(&self) -> Result<ModelCard, Failure> {
+        Ok(ModelCard::load(&self.model, &self.bare.model()?)?)
+    }
+
+    /// Where and how it runs.
+    pub(super) fn options(&self, batch_size: Option<NonZeroUsize>) -> PredictorOptions {
+        let (variant, devices, provider) = (self.variant.clone(), self.device.clone(), self.provider);
+        PredictorOptions { variant, devices, provider, batch_size }
     }
 }
 

@@ -63,6 +63,16 @@ pub enum ExperimentError {
         /// The decoder's reason.
         source: image::ImageError,
     },
+    /// An image that is not what can be predicted: another size, or a slide.
+    #[error("{}: {reason}", path.display())]
+    Unsuited {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// What to do instead.
+        hint: &'static str,
+    },
     /// A precision that makes no sense on the device.
     #[error("{what} is not made for {device}: {why}")]
     Refused {
@@ -193,6 +203,7 @@ impl ExperimentError {
             Self::TileLargerThanSlide { .. } => "give a larger slide_size, or the slide's resolution with slide_mpp",
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",
+            Self::Unsuited { hint, .. } => hint,
             Self::Refused { what: "INT8", .. } => "use the TensorRT provider for INT8 on a GPU, or FP16",
             Self::Incomparable { .. } => "compare variants of one model, or models of one task, tile and classes",
             Self::Labels { .. } => {

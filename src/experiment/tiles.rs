@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use walkdir::WalkDir;
 
-use super::ExperimentError;
+use super::{ExperimentError, images};
 use crate::engine::config::TilingConfig;
 use crate::engine::inputs::{self, SlideInput};
 use crate::engine::plan;
@@ -22,9 +22,6 @@ pub struct TileSet {
     /// In words, for the report.
     pub source: String,
 }
-
-/// Extensions of images that are cut into tiles.
-const IMAGES: [&str; 5] = ["png", "jpg", "jpeg", "tif", "tiff"];
 
 impl TileSet {
     /// `count` tiles of what is at `paths`: slides, or folders of slides or of images at the model's resolution. Every
@@ -85,11 +82,7 @@ fn is_slide(path: &Path) -> bool {
 
 /// The images of a folder, or the image itself.
 fn images_in(path: &Path) -> Vec<PathBuf> {
-    let is_image = |path: &Path| {
-        let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-        path.is_file() && extension.is_some_and(|extension| IMAGES.contains(&extension.as_str()))
-    };
-    files(path).filter(|path| is_image(path) && !is_slide(path)).collect()
+    files(path).filter(|path| images::is_image(path) && !is_slide(path)).collect()
 }
 
 /// The files of a folder and of those in it, or the file itself.
@@ -119,8 +112,7 @@ fn of_slide(
 
 /// Tiles cut from an image at random places; an image smaller than a tile is resized to one.
 fn of_image(path: &Path, side: u32, count: usize, random: &mut StdRng) -> Result<Vec<Vec<u8>>, ExperimentError> {
-    let wrong = |source| ExperimentError::Image { path: path.to_owned(), source };
-    let mut image = image::open(path).map_err(wrong)?.into_rgb8();
+    let mut image = images::pixels(path)?;
     if image.width() < side || image.height() < side {
         image = image::imageops::resize(&image, side, side, image::imageops::FilterType::CatmullRom);
     }

@@ -15,6 +15,7 @@ pub mod fake;
 pub mod ort;
 mod pixels;
 pub mod placement;
+mod predictor;
 mod wsinfer;
 
 use ndarray::{Array2, Array4};
@@ -28,6 +29,7 @@ pub use error::{ModelError, SessionError};
 pub use evaluate::{Evaluator, evaluate};
 pub use fake::FakeSession;
 pub use pixels::image_tensor;
+pub use predictor::{Predictor, PredictorOptions};
 
 /// Something that predicts tiles: ONNX Runtime, or a fake for tests.
 pub trait Session: Send {

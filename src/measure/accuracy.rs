@@ -55,89 +55,163 @@ impl Confusion {
         self.left_out
     }
 
-    /// Share of the items with the same class in both: accuracy, or the pixel agreement of two maps. `None` for no items.
+    /// Items of a reference class that were predicted as a class; both below `classes`.
+    #[must_use]
+    pub fn count(&self, reference: usize, predicted: usize) -> u64 {
+        self.counts[reference * self.classes + predicted]
+    }
+
+    /// What was counted by class.
+    #[must_use]
+    pub fn class_counts(&self) -> ClassCounts {
+        let mut sums = ClassCounts::new(self.classes);
+        for reference in 0..self.classes {
+            for predicted in 0..self.classes {
+                sums.add_many(reference, Some(predicted), self.count(reference, predicted));
+            }
+        }
+        sums
+    }
+
+    /// [`ClassCounts::accuracy`].
     #[must_use]
     pub fn accuracy(&self) -> Option<f64> {
-        let right: u64 = (0..self.classes).map(|class| self.both(class)).sum();
-        share(right, self.items())
+        self.class_counts().accuracy()
     }
 
-    /// Mean recall of the classes that occur in the reference; `None` if none does.
+    /// [`ClassCounts::balanced_accuracy`].
     #[must_use]
     pub fn balanced_accuracy(&self) -> Option<f64> {
-        mean((0..self.classes).filter_map(|class| share(self.both(class), self.in_reference(class))))
+        self.class_counts().balanced_accuracy()
     }
 
-    /// Dice coefficient of each class, 2·|A∩B| / (|A| + |B|); `None` for a class that occurs in neither.
+    /// [`ClassCounts::dice`].
     #[must_use]
     pub fn dice(&self) -> Vec<Option<f64>> {
-        let of_class = |class| share(2 * self.both(class), self.in_reference(class) + self.in_prediction(class));
-        (0..self.classes).map(of_class).collect()
+        self.class_counts().dice()
     }
 
     /// Mean Dice coefficient of the classes that occur; `None` if none does.
     #[must_use]
     pub fn mean_dice(&self) -> Option<f64> {
-        mean(self.dice().into_iter().flatten())
-    }
-
-    fn both(&self, class: usize) -> u64 {
-        self.counts[class * self.classes + class]
-    }
-
-    fn in_reference(&self, class: usize) -> u64 {
-        self.counts[class * self.classes..][..self.classes].iter().sum()
-    }
-
-    fn in_prediction(&self, class: usize) -> u64 {
-        self.counts.iter().skip(class).step_by(self.classes).sum()
+        mean_of_some(&self.dice())
     }
 }
 
-/// Area under the ROC curve: the chance that a positive item scores above a negative one, ties counting half.
-///
-/// By the mean ranks of the positives (Hanley & McNeil, *Radiology* 143, 1982). `None` without both kinds, with a NaN
-/// score or with lists that differ in length.
-#[must_use]
-pub fn auc(scores: &[f32], is_positive: &[bool]) -> Option<f64> {
-    if scores.len() != is_positive.len() || scores.iter().any(|score| score.is_nan()) {
-        return None;
-    }
-    let mut items: Vec<(f32, bool)> = scores.iter().copied().zip(is_positive.iter().copied()).collect();
-    items.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    let positives = items.iter().filter(|(_, is_positive)| *is_positive).count() as f64;
-    let negatives = items.len() as f64 - positives;
-    let (mut rank, mut rank_sum) = (0.0, 0.0);
-    // 0 and −0 are equal scores but sort apart, so ties are told by comparison.
-    for tied in items.chunk_by(|(a, _), (b, _)| a == b) {
-        let tied_positives = tied.iter().filter(|(_, is_positive)| *is_positive).count() as f64;
-        rank_sum += tied_positives * (rank + (tied.len() as f64 + 1.0) / 2.0);
-        rank += tied.len() as f64;
-    }
-    let area = (rank_sum - positives * (positives + 1.0) / 2.0) / (positives * negatives);
-    area.is_finite().then_some(area)
+/// How many items each class has in a reference, in a prediction and in both: all that figures by class need, in a
+/// number for each class where [`Confusion`] has one for each pair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClassCounts {
+    both: Vec<u64>,
+    reference: Vec<u64>,
+    predicted: Vec<u64>,
 }
 
-/// [`auc`] of each class against all others; `None` for a class that all or no items have.
-///
-/// `scores`: `[items, classes]`; `labels`: a class per item.
+impl ClassCounts {
+    /// Nothing counted yet.
+    #[must_use]
+    pub fn new(classes: usize) -> Self {
+        Self { both: vec![0; classes], reference: vec![0; classes], predicted: vec![0; classes] }
+    }
+
+    /// Counts `items` items; without a predicted class they are wrong, and in no class's prediction.
+    pub fn add_many(&mut self, reference: usize, predicted: Option<usize>, items: u64) {
+        self.reference[reference] += items;
+        if let Some(predicted) = predicted {
+            self.predicted[predicted] += items;
+            self.both[reference] += if reference == predicted { items } else { 0 };
+        }
+    }
+
+    /// Adds what another of the same classes has counted, `times` times.
+    pub fn merge(&mut self, other: &Self, times: u64) {
+        let sums = [&mut self.both, &mut self.reference, &mut self.predicted];
+        for (sums, counts) in sums.into_iter().zip([&other.both, &other.reference, &other.predicted]) {
+            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += times * count);
+        }
+    }
+
+    /// Items that were counted.
+    #[must_use]
+    pub fn items(&self) -> u64 {
+        self.reference.iter().sum()
+    }
+
+    /// Items of a class in the reference.
+    #[must_use]
+    pub fn support(&self, class: usize) -> u64 {
+        self.reference[class]
+    }
+
+    /// Items of a class in the prediction.
+    #[must_use]
+    pub fn predicted(&self, class: usize) -> u64 {
+        self.predicted[class]
+    }
+
+    /// Share of the items with the same class in both: accuracy, or the pixel agreement of two maps. `None` for no items.
+    #[must_use]
+    pub fn accuracy(&self) -> Option<f64> {
+        share(self.both.iter().sum(), self.items())
+    }
+
+    /// Mean recall of the classes that occur in the reference; `None` if none does.
+    #[must_use]
+    pub fn balanced_accuracy(&self) -> Option<f64> {
+        mean_of_some(&self.recall())
+    }
+
+    /// Cohen's kappa, (pₒ − pₑ) / (1 − pₑ), of which pₒ is the accuracy and pₑ what chance gives with the same shares of
+    /// classes (Cohen, *Educational and Psychological Measurement* 20, 1960). `None` for no items, or if both know one
+    /// and the same class only.
+    #[must_use]
+    pub fn kappa(&self) -> Option<f64> {
+        let items = self.items() as f64;
+        let pairs = self.reference.iter().zip(&self.predicted);
+        let chance = pairs.map(|(a, b)| *a as f64 * *b as f64).sum::<f64>() / (items * items);
+        let kappa = (self.accuracy()? - chance) / (1.0 - chance);
+        kappa.is_finite().then_some(kappa)
+    }
+
+    /// Share of each class's predictions that are right; `None` for a class that was never predicted.
+    #[must_use]
+    pub fn precision(&self) -> Vec<Option<f64>> {
+        self.by_class(|class| share(self.both[class], self.predicted[class]))
+    }
+
+    /// Share of each class's items that were found; `None` for a class that does not occur in the reference.
+    #[must_use]
+    pub fn recall(&self) -> Vec<Option<f64>> {
+        self.by_class(|class| share(self.both[class], self.reference[class]))
+    }
+
+    /// Dice coefficient of each class, 2·|A∩B| / (|A| + |B|), which is F1, the harmonic mean of precision and recall;
+    /// `None` for a class that occurs in neither.
+    #[must_use]
+    pub fn dice(&self) -> Vec<Option<f64>> {
+        self.by_class(|class| share(2 * self.both[class], self.reference[class] + self.predicted[class]))
+    }
+
+    /// Intersection over union of each class, |A∩B| / |A∪B| (Jaccard's index); `None` for a class that occurs in neither.
+    #[must_use]
+    pub fn iou(&self) -> Vec<Option<f64>> {
+        self.by_class(|class| share(self.both[class], self.reference[class] + self.predicted[class] - self.both[class]))
+    }
+
+    fn by_class(&self, of_class: impl Fn(usize) -> Option<f64>) -> Vec<Option<f64>> {
+        (0..self.both.len()).map(of_class).collect()
+    }
+}
+
+/// Mean of the values that there are; `None` if there is none.
 #[must_use]
-pub fn auc_one_vs_rest(scores: &[f32], labels: &[usize], classes: usize) -> Vec<Option<f64>> {
-    let of_class = |class| {
-        let column: Vec<f32> = scores.iter().skip(class).step_by(classes).copied().collect();
-        let is_positive: Vec<bool> = labels.iter().map(|&label| label == class).collect();
-        auc(&column, &is_positive)
-    };
-    (0..classes).map(of_class).collect()
+pub fn mean_of_some(values: &[Option<f64>]) -> Option<f64> {
+    let (sum, count) = values.iter().flatten().fold((0.0, 0_u32), |(sum, count), value| (sum + value, count + 1));
+    (count > 0).then(|| sum / f64::from(count))
 }
 
 fn share(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
-}
-
-fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let (sum, count) = values.fold((0.0, 0_u32), |(sum, count), value| (sum + value, count + 1));
-    (count > 0).then(|| sum / f64::from(count))
 }
 
 #[cfg(test)]
@@ -172,23 +246,34 @@ mod tests {
     }
 
     #[test]
-    fn areas_match_hand_computed_values() {
-        assert_eq!(auc(&[0.1, 0.4, 0.35, 0.8], &[false, false, true, true]), Some(0.75));
-        assert_eq!(auc(&[0.5, 0.5, 0.5], &[true, false, false]), Some(0.5));
-        // Pairs of (0.2, 0.8) with (0.2, 0.1): a tie, a win, two wins.
-        assert_eq!(auc(&[0.2, 0.8, 0.2, 0.1], &[true, true, false, false]), Some(0.875));
-        assert_eq!(auc(&[0.0, -0.0], &[true, false]), Some(0.5));
-        assert_eq!(auc(&[0.1, 0.2], &[true, true]), None);
-        assert_eq!(auc(&[0.1, f32::NAN], &[true, false]), None);
-        assert_eq!(auc(&[], &[]), None);
-        assert_eq!(auc(&[0.1], &[]), None);
+    fn figures_by_class_match_hand_computed_values() {
+        // Of class 0: 3 right, 1 as class 1. Of class 1: 2 right, 1 as class 0, 1 as nothing. Class 2: 1 as class 1.
+        let mut counts = ClassCounts::new(3);
+        for (reference, predicted, items) in
+            [(0, Some(0), 3), (0, Some(1), 1), (1, Some(1), 2), (1, Some(0), 1), (1, None, 1), (2, Some(1), 1)]
+        {
+            counts.add_many(reference, predicted, items);
+        }
+        assert_eq!((counts.items(), counts.support(1), counts.predicted(1)), (9, 4, 4));
+        assert_eq!(counts.precision(), [Some(0.75), Some(0.5), None]);
+        assert_eq!(counts.recall(), [Some(0.75), Some(0.5), Some(0.0)]);
+        assert_eq!(counts.dice(), [Some(0.75), Some(0.5), Some(0.0)]);
+        assert_eq!(counts.iou(), [Some(3.0 / 5.0), Some(2.0 / 6.0), Some(0.0)]);
+        // pₒ = 5/9, pₑ = (4·4 + 4·4 + 1·0)/81 = 32/81: (45 − 32)/(81 − 32).
+        assert!((counts.kappa().unwrap() - 13.0 / 49.0).abs() < 1e-15);
+        let mut twice = counts.clone();
+        twice.merge(&counts, 2);
+        assert_eq!((twice.items(), twice.dice(), twice.kappa()), (27, counts.dice(), counts.kappa()));
     }
 
     #[test]
-    fn each_class_is_set_against_the_rest() {
-        let scores = [0.8, 0.2, 0.0, 0.3, 0.7, 0.0, 0.6, 0.4, 0.0];
-        assert_eq!(auc_one_vs_rest(&scores, &[0, 1, 0], 3), [Some(1.0), Some(1.0), None]);
-        assert_eq!(auc_one_vs_rest(&scores, &[1, 0, 0], 3)[0], Some(0.0));
+    fn kappa_is_nothing_where_chance_says_all() {
+        let mut counts = ClassCounts::new(2);
+        assert_eq!(counts.kappa(), None);
+        counts.add_many(0, Some(0), 5);
+        assert_eq!((counts.accuracy(), counts.kappa()), (Some(1.0), None));
+        counts.add_many(1, Some(1), 5);
+        assert_eq!(counts.kappa(), Some(1.0));
     }
 
     proptest! {
@@ -204,23 +289,6 @@ mod tests {
             prop_assert_eq!(&parts, &whole);
             prop_assert_eq!(whole.dice(), Confusion::of_maps(&b, &a, 3).dice());
             prop_assert_eq!(Confusion::of_maps(&a, &a, 3).accuracy().unwrap_or(1.0), 1.0);
-        }
-
-        #[test]
-        fn the_area_counts_pairs(items in prop::collection::vec((0..6_u8, any::<bool>()), 2..40)) {
-            let scores: Vec<f32> = items.iter().map(|(score, _)| f32::from(*score)).collect();
-            let is_positive: Vec<bool> = items.iter().map(|(_, is_positive)| *is_positive).collect();
-            let (mut won, mut pairs) = (0.0, 0.0);
-            for (a, _) in items.iter().filter(|item| item.1) {
-                for (b, _) in items.iter().filter(|item| !item.1) {
-                    pairs += 1.0;
-                    won += if a > b { 1.0 } else if a == b { 0.5 } else { 0.0 };
-                }
-            }
-            match auc(&scores, &is_positive) {
-                Some(area) => prop_assert!((area - won / pairs).abs() < 1e-12),
-                None => prop_assert_eq!(pairs, 0.0),
-            }
         }
     }
 }

@@ -49,25 +49,35 @@ impl Bootstrap {
     /// than two items, or if it is not finite over all items or in more than half of the resamples.
     #[must_use]
     pub fn interval(&self, items: usize, statistic: impl Fn(&[usize]) -> f64) -> Option<Interval> {
+        self.intervals(items, |drawn| vec![statistic(drawn)]).pop().flatten()
+    }
+
+    /// [`Self::interval`] of each of several statistics, which are computed together on the same draws.
+    #[must_use]
+    pub fn intervals(&self, items: usize, statistics: impl Fn(&[usize]) -> Vec<f64>) -> Vec<Option<Interval>> {
         let mut drawn: Vec<usize> = (0..items).collect();
-        let value = statistic(&drawn);
+        let values = statistics(&drawn);
         // One alone tells nothing of how others would differ.
-        if items < 2 || !value.is_finite() {
-            return None;
+        if items < 2 {
+            return vec![None; values.len()];
         }
         let mut random = SplitMix64(self.seed);
-        let mut values = Vec::with_capacity(self.resamples);
+        let mut resampled = vec![Vec::with_capacity(self.resamples); values.len()];
         for _ in 0..self.resamples {
             drawn.fill_with(|| random.below(items));
-            values.push(statistic(&drawn));
+            resampled.iter_mut().zip(statistics(&drawn)).for_each(|(resampled, value)| resampled.push(value));
         }
-        values.retain(|value| value.is_finite());
-        if values.is_empty() || values.len() * 2 < self.resamples {
+        values.into_iter().zip(resampled).map(|(value, resampled)| self.around(value, resampled)).collect()
+    }
+
+    fn around(&self, value: f64, mut resampled: Vec<f64>) -> Option<Interval> {
+        resampled.retain(|value| value.is_finite());
+        if !value.is_finite() || resampled.is_empty() || resampled.len() * 2 < self.resamples {
             return None;
         }
-        values.sort_by(f64::total_cmp);
+        resampled.sort_by(f64::total_cmp);
         let tail = 50.0 * (1.0 - self.confidence);
-        Some(Interval { value, low: percentile(&values, tail), high: percentile(&values, 100.0 - tail) })
+        Some(Interval { value, low: percentile(&resampled, tail), high: percentile(&resampled, 100.0 - tail) })
     }
 
     /// How many times `base` is longer than `other`: the median of the rounds' own ratios `base[i] / other[i]`.
@@ -136,6 +146,17 @@ mod tests {
         let mut counts = [0_u32; 5];
         (0..5000).for_each(|_| counts[random.below(5)] += 1);
         assert!(counts.iter().all(|count| (880..1120).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn statistics_of_one_pass_have_their_own_intervals() {
+        let (a, b) = ([1.0, 2.0, 4.0, 8.0, 9.0], [3.0, f64::NAN, 1.0, 0.0, 2.0]);
+        let mean = |of: &[f64; 5], drawn: &[usize]| drawn.iter().map(|&item| of[item]).sum::<f64>() / 5.0;
+        let bootstrap = Bootstrap::default();
+        let both = bootstrap.intervals(5, |drawn| vec![mean(&a, drawn), mean(&b, drawn)]);
+        assert_eq!(both, [bootstrap.interval(5, |drawn| mean(&a, drawn)), None]);
+        assert!(both[0].is_some());
+        assert_eq!(bootstrap.intervals(0, |_| vec![1.0, 2.0]), [None, None]);
     }
 
     #[test]

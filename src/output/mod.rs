@@ -24,7 +24,7 @@ pub use features_h5::{
 };
 pub use mask::{MaskLabel, MaskPicture, draw_mask};
 pub use overlay::{MapArea, Overlay, OverlayClass, Thumbnail, draw_overlay};
-pub use png::write_png;
+pub use png::{write_grey_png, write_png};
 pub use polygon::{CellPolygon, CellRing, Cells};
 pub use pyramid::{MAX_TOP_SIDE, PyramidSpec, PyramidWriter, Reduce};
 pub use region_geojson::{RegionClass, RegionMap, RegionSummary, write_regions};

@@ -5,8 +5,10 @@
 
 mod chart;
 pub mod compare;
+mod evaluate;
 mod html;
 mod optimize;
+mod predict;
 mod simulate;
 mod text;
 
@@ -15,14 +17,22 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use self::evaluate::{
+    BinRecord, ClassFigures, DrawnRecord, EVALUATE_SCHEMA, EvaluateRecord, EvaluatedRecord, FigureRecord, Figures,
+    SampleRecord, WorstRecord, predictions_csv,
+};
 pub use self::optimize::{
     NodeRecord, OPTIMIZE_SCHEMA, OptimizeRecord, PassRecord, SpeedRecord, VariantAgreement, VariantRecord,
+};
+pub use self::predict::{
+    FailedImage, FolderRecord, ImageClass, ImageRecord, PREDICT_SCHEMA, PaceRecord, PredictRecord, PredictedRecord,
+    RanOnRecord, TileRecord,
 };
 pub use self::simulate::{
     EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
 };
 pub use self::text::{count, duration};
-pub use html::compare_html;
+pub use html::{compare_html, evaluate_html};
 
 /// Schema of [`RunRecord`].
 pub const RUN_SCHEMA: &str = "slidestream/run/1";

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Holds the results of slidestream against other programs: OpenSlide's and ONNX Runtime's Python, h5py, shapely, NumPy.
-# The first call makes the virtual environment out of pinned packages from PyPI (270 MB on the disk). SLIDESTREAM names another
+# Holds the results of slidestream against other programs: OpenSlide's and ONNX Runtime's Python, h5py, shapely, scikit-learn, NumPy.
+# The first call makes the virtual environment out of pinned packages from PyPI (474 MB on the disk). SLIDESTREAM names another
 # binary than that of the dev profile; what else is given goes to pytest.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

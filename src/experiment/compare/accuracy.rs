@@ -1,10 +1,9 @@
 //! Holds every variant against labels, with paired intervals of how it differs from the original.
 
-use ndarray::Axis;
-
-use super::labels::{self, Item, Labelled, Truth};
 use super::subjects::Subject;
 use crate::experiment::ExperimentError;
+use crate::experiment::images::{self, Fit};
+use crate::experiment::labels::{self, Labelled, Truth};
 use crate::inference::{ModelCard, OrtSession, Prediction, Session, Task};
 use crate::measure::{Bootstrap, Confusion, Interval, auc_one_vs_rest, predicted_class};
 use crate::report::compare::{AccuracyRecord, AccuracyRow, IntervalRecord, MetricRecord};
@@ -37,7 +36,7 @@ pub(super) fn accuracy(
     });
     let what =
         if subjects.first().is_some_and(|first| first.card.task == Task::Segmentation) { "images" } else { "tiles" };
-    let groups = if labelled.has_groups { format!(" of {} groups", labelled.groups) } else { String::new() };
+    let groups = if labelled.has_groups() { format!(" of {} groups", labelled.groups) } else { String::new() };
     Ok(AccuracyRecord {
         labels: labelled.path.display().to_string(),
         items: labelled.items.len() as u64,
@@ -138,7 +137,8 @@ fn tiles(
 ) -> Result<Scored, ExperimentError> {
     let mut scored = Scored::new(card, labelled.groups);
     for items in labelled.items.chunks(batch) {
-        let images: Vec<Vec<u8>> = items.iter().map(|item| tile(card, item)).collect::<Result<_, _>>()?;
+        let images: Vec<Vec<u8>> =
+            items.iter().map(|item| images::tile(&item.image, card, Fit::Exact)).collect::<Result<_, _>>()?;
         let tiles: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
         let Prediction::Classes(scores) = session.predict(&tiles)? else { continue };
         for (item, row) in items.iter().zip(scores.outer_iter()) {
@@ -153,17 +153,6 @@ fn tiles(
     Ok(scored)
 }
 
-/// An image that is one tile.
-fn tile(card: &ModelCard, item: &Item) -> Result<Vec<u8>, ExperimentError> {
-    let (image, side) = (labels::pixels(&item.image)?, card.tile_size);
-    if image.dimensions() != (side, side) {
-        let (width, height) = image.dimensions();
-        let reason = format!("is {width} × {height} px, but the model's tiles are {side} × {side}");
-        return Err(ExperimentError::Labels { path: item.image.clone(), reason });
-    }
-    Ok(image.into_raw())
-}
-
 /// Segments labelled images and counts their pixels.
 fn maps(
     card: &ModelCard,
@@ -174,60 +163,15 @@ fn maps(
     let mut scored = Scored::new(card, labelled.groups);
     for item in &labelled.items {
         let Truth::Mask(mask) = &item.truth else { continue };
-        let image = labels::pixels(&item.image)?;
-        let (width, height) = image.dimensions();
-        let side = card.tile_size;
-        if width < side || height < side {
-            let reason = format!("is {width} × {height} px, less than a tile of {side} × {side}");
-            return Err(ExperimentError::Labels { path: item.image.clone(), reason });
-        }
-        let truth = labels::mask(mask, (width, height), scored.classes)?;
-        let sums = scores_of(card, session, &image, batch)?;
-        let pixels = truth.len();
-        for (pixel, truth) in truth.iter().enumerate() {
-            if *truth != u8::MAX {
-                let of: Vec<f32> = (0..scored.classes).map(|class| sums[class * pixels + pixel]).collect();
-                let predicted = predicted_class(&of).unwrap_or(scored.classes);
-                scored.confusions[item.group].add(usize::from(*truth), predicted);
-            }
+        let image = images::pixels(&item.image)?;
+        let truth = labels::mask(mask, image.dimensions(), scored.classes)?;
+        let map = images::segment(&image, &item.image, card, session, batch)?;
+        for (pixel, truth) in truth.iter().enumerate().filter(|(_, truth)| **truth != u8::MAX) {
+            let predicted = map.class_at(pixel).unwrap_or(scored.classes);
+            scored.confusions[item.group].add(usize::from(*truth), predicted);
         }
     }
     Ok(scored)
-}
-
-/// Sums of the probabilities of all tiles that cover a pixel, `[class, row, column]`; the greatest sum of a pixel is its
-/// greatest mean too.
-fn scores_of(
-    card: &ModelCard,
-    session: &mut OrtSession,
-    image: &image::RgbImage,
-    batch: usize,
-) -> Result<Vec<f32>, ExperimentError> {
-    let (width, height, side) = (image.width(), image.height(), card.tile_size);
-    let step = side - card.overlap;
-    let corners: Vec<(u32, u32)> =
-        starts(height, side, step).flat_map(|y| starts(width, side, step).map(move |x| (x, y))).collect();
-    let pixels = width as usize * height as usize;
-    let mut sums = vec![0.0; card.classes.len() * pixels];
-    for corners in corners.chunks(batch) {
-        let cut = |(x, y): &(u32, u32)| image::imageops::crop_imm(image, *x, *y, side, side).to_image().into_raw();
-        let tiles: Vec<Vec<u8>> = corners.iter().map(cut).collect();
-        let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
-        let Prediction::Map(maps) = session.predict(&tiles)? else { continue };
-        for ((x, y), map) in corners.iter().zip(maps.axis_iter(Axis(0))) {
-            for ((class, row, column), value) in map.indexed_iter() {
-                let at = (*y as usize + row) * width as usize + *x as usize + column;
-                sums[class * pixels + at] += value;
-            }
-        }
-    }
-    Ok(sums)
-}
-
-/// Where tiles begin along a side, the last one at its end.
-fn starts(length: u32, side: u32, step: u32) -> impl Iterator<Item = u32> {
-    let last = length - side;
-    (0..last).step_by(step as usize).chain([last])
 }
 
 #[cfg(test)]
@@ -235,13 +179,6 @@ mod tests {
     use super::*;
     use crate::inference::BareModel;
     use std::path::Path;
-
-    #[test]
-    fn tiles_cover_an_image_to_its_end() {
-        assert_eq!(starts(400, 256, 192).collect::<Vec<_>>(), [0, 144]);
-        assert_eq!(starts(256, 256, 192).collect::<Vec<_>>(), [0]);
-        assert_eq!(starts(500, 256, 192).collect::<Vec<_>>(), [0, 192, 244]);
-    }
 
     #[test]
     fn metrics_are_of_drawn_groups_and_differences_are_paired() {

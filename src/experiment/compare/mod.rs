@@ -3,14 +3,13 @@
 //!
 //! `subjects` names the variants, `ladder` says which steps there are and makes their rows, `speed` times them in
 //! turns, `course` is the part of the slide that they run over, `alone` what a step takes in a process of its own,
-//! `quality`, `labels` and `accuracy` hold outputs against the original's and against labels, `gates` judges,
+//! `quality` and `accuracy` hold outputs against the original's and against labels, `gates` judges,
 //! `pictures` shows.
 
 mod accuracy;
 mod alone;
 mod course;
 mod gates;
-mod labels;
 mod ladder;
 mod pictures;
 mod quality;
@@ -24,11 +23,11 @@ use std::time::Duration;
 pub use self::alone::{Alone, alone};
 use self::course::Course;
 pub use self::gates::{Gates, MostFlips};
-use self::labels::Labelled;
 use self::ladder::Ladder;
 use self::speed::Timed;
 use self::subjects::Subject;
 use super::ExperimentError;
+use super::labels::{self, Labelled};
 use super::tiles::TileSet;
 use crate::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use crate::report::compare::{

@@ -1,16 +1,14 @@
 //! Pictures of what variants see: the maps of the original and of a variant over the slide, and where they differ.
 
-use image::codecs::png::PngEncoder;
 use image::imageops::{self, FilterType};
-use image::{ExtendedColorType, ImageEncoder, Rgb, RgbImage};
+use image::{Rgb, RgbImage};
 
 use super::course::Course;
 use super::subjects::Subject;
 use crate::engine::SlidePicture;
-use crate::experiment::ExperimentError;
+use crate::experiment::{ExperimentError, images};
 use crate::geometry::Level0Rect;
 use crate::inference::{ModelCard, Task};
-use crate::output::OutputError;
 use crate::report::compare::PictureRecord;
 use crate::stitch::Overview;
 
@@ -52,9 +50,9 @@ pub(super) fn pictures(
         100.0 * other as f64 / inferred.max(1) as f64
     );
     Ok(vec![
-        PictureRecord::new(&format!("the original: {}", original.name), &caption, &png(&over_slide(&before))?),
-        PictureRecord::new(&format!("the variant: {}", variant.name), &caption, &png(&over_slide(&after))?),
-        PictureRecord::new(&format!("{} against {}", variant.name, original.name), &told, &png(&differing)?),
+        PictureRecord::new(&format!("the original: {}", original.name), &caption, &images::png(&over_slide(&before))?),
+        PictureRecord::new(&format!("the variant: {}", variant.name), &caption, &images::png(&over_slide(&after))?),
+        PictureRecord::new(&format!("{} against {}", variant.name, original.name), &told, &images::png(&differing)?),
     ])
 }
 
@@ -128,15 +126,6 @@ fn side(cells: usize) -> u32 {
     u32::try_from(cells).unwrap_or(u32::MAX)
 }
 
-fn png(picture: &RgbImage) -> Result<Vec<u8>, ExperimentError> {
-    let mut bytes = Vec::new();
-    let (width, height) = picture.dimensions();
-    PngEncoder::new(&mut bytes)
-        .write_image(picture.as_raw(), width, height, ExtendedColorType::Rgb8)
-        .map_err(|source| OutputError::Image { path: "compare.html".into(), source })?;
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +167,6 @@ mod tests {
         assert_eq!((at(0), at(1), at(2)), (NOTHING, [236, 236, 240], OTHER_CLASS));
         let (picture, ..) = difference(&map([0, 1, 1], [0, 200, 255]), &map([0, 1, 1], [0, 200, 180]));
         assert_eq!(picture.get_pixel(picture.width() - 1, 0).0, [178, 24, 43]);
-        assert!(png(&picture).unwrap().starts_with(b"\x89PNG"));
+        assert!(images::png(&picture).unwrap().starts_with(b"\x89PNG"));
     }
 }

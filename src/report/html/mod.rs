@@ -1,12 +1,17 @@
-//! A comparison as one page: everything inline, no script, light and dark, for screens of any width and for paper.
+//! Reports as one page each, here that of a comparison: everything inline, no script, light and dark, for screens of any width and for paper.
 
+mod evaluate;
 mod tables;
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::chart;
 use super::compare::{CompareRecord, Verdict, fastest};
 use super::text::{bytes, count, duration, escape, exact, near_one, significant, times};
+use super::{HardwareRecord, LibraryRecord};
+
+pub use self::evaluate::evaluate_html;
 
 const STYLE: &str = include_str!("style.css");
 
@@ -33,14 +38,19 @@ pub fn compare_html(record: &CompareRecord) -> String {
         setting(record),
     ]
     .concat();
+    page(&format!("{title} – slidestream compare"), &body, &record.version)
+}
+
+/// A page around a body; it needs nothing but itself.
+fn page(title: &str, body: &str, version: &str) -> String {
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n\
-         <title>{} – slidestream compare</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\
+         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\
          <footer>Written by slidestream {}. Not a medical device.</footer>\n</main>\n</body>\n</html>\n",
-        escape(&title),
-        escape(&record.version)
+        escape(title),
+        escape(version)
     )
 }
 
@@ -96,9 +106,14 @@ fn tiles(record: &CompareRecord) -> String {
         let aside = if failed == 0 { "all passed".to_owned() } else { format!("{failed} failed") };
         shown.push(("gates passed", format!("{passed} of {}", record.found.gates.len()), aside));
     }
+    figures(&shown)
+}
+
+/// Label, figure and what stands smaller below it, side by side.
+fn figures(shown: &[(&str, String, String)]) -> String {
     let mut html = String::from("<div class=\"tiles\">\n");
     for (label, figure, aside) in shown {
-        let (figure, aside) = (escape(&figure), escape(&aside));
+        let (figure, aside) = (escape(figure), escape(aside));
         let _ = writeln!(
             html,
             "<div class=\"tile\"><span class=\"label\">{label}</span><span class=\"figure\">{figure}</span>\
@@ -165,16 +180,19 @@ fn pictures(record: &CompareRecord) -> String {
     }
     let mut html = String::from("<div class=\"pictures\">\n");
     for picture in &record.found.pictures {
-        let data: String =
-            picture.png_base64.chars().filter(|c| c.is_ascii_alphanumeric() || "+/=".contains(*c)).collect();
-        let (title, caption) = (escape(&picture.title), escape(&picture.caption));
-        let _ = writeln!(
-            html,
-            "<figure><img src=\"data:image/png;base64,{data}\" alt=\"{title}\"><figcaption><b>{title}</b>{caption}\
-             </figcaption></figure>"
-        );
+        html.push_str(&figure(&picture.png_base64, &picture.title, &picture.caption));
     }
     section("On the slide", "", &(html + "</div>\n"))
+}
+
+/// A picture with its title and caption.
+fn figure(png_base64: &str, title: &str, caption: &str) -> String {
+    let data: String = png_base64.chars().filter(|c| c.is_ascii_alphanumeric() || "+/=".contains(*c)).collect();
+    let (title, caption) = (escape(title), escape(caption));
+    format!(
+        "<figure><img src=\"data:image/png;base64,{data}\" alt=\"{title}\"><figcaption><b>{title}</b>{caption}\
+         </figcaption></figure>\n"
+    )
 }
 
 fn measuring(record: &CompareRecord) -> String {
@@ -209,37 +227,58 @@ fn measuring(record: &CompareRecord) -> String {
 }
 
 fn setting(record: &CompareRecord) -> String {
-    let hardware = &record.hardware;
-    let mut facts = vec![
-        ("processor", format!("{}, {} logical cores", hardware.cpu, count(hardware.cores as u64))),
-        ("memory", bytes(hardware.memory_bytes)),
-    ];
-    if !hardware.gpus.is_empty() {
-        facts.push(("GPU", hardware.gpus.join(", ")));
-    }
-    facts.push(("tiles", format!("{} of {}", count(record.found.input.tiles), record.found.input.source)));
+    let mut facts = vec![("tiles", format!("{} of {}", count(record.found.input.tiles), record.found.input.source))];
     if let Some(tiles) = record.found.input.slide_tiles {
         facts.push(("whole slide", format!("{} tiles", count(tiles))));
     }
-    facts.push(("started", record.started.clone()));
-    facts.push(("finished", record.finished.clone()));
-    facts.push(("slidestream", record.version.clone()));
-    let mut list = String::new();
-    for (name, fact) in &facts {
-        let _ = writeln!(list, "<dt>{name}</dt><dd>{}</dd>", escape(fact));
+    let machine = Machine {
+        hardware: &record.hardware,
+        libraries: &record.libraries,
+        started: &record.started,
+        finished: &record.finished,
+        version: &record.version,
+        command: &record.command,
+    };
+    section("Machine, versions and files", "", &(machine.html(facts) + &tables::variants(record)))
+}
+
+/// Where, when and with what a page's figures were made.
+struct Machine<'a> {
+    hardware: &'a HardwareRecord,
+    libraries: &'a BTreeMap<String, LibraryRecord>,
+    started: &'a str,
+    finished: &'a str,
+    version: &'a str,
+    command: &'a [String],
+}
+
+impl Machine<'_> {
+    /// A list that `facts` belong to, and the command line.
+    fn html(&self, facts: Vec<(&str, String)>) -> String {
+        let hardware = self.hardware;
+        let mut all = vec![
+            ("processor", format!("{}, {} logical cores", hardware.cpu, count(hardware.cores as u64))),
+            ("memory", bytes(hardware.memory_bytes)),
+        ];
+        if !hardware.gpus.is_empty() {
+            all.push(("GPU", hardware.gpus.join(", ")));
+        }
+        all.extend(facts);
+        all.push(("started", self.started.to_owned()));
+        all.push(("finished", self.finished.to_owned()));
+        all.push(("slidestream", self.version.to_owned()));
+        let mut list = String::new();
+        for (name, fact) in &all {
+            let _ = writeln!(list, "<dt>{name}</dt><dd>{}</dd>", escape(fact));
+        }
+        for (name, library) in self.libraries {
+            let (name, version) = (escape(name), escape(&library.version));
+            let (path, origin) = (escape(&library.path), escape(&library.origin));
+            let _ = writeln!(list, "<dt>{name}</dt><dd>{version} <code>{path}</code>, {origin}</dd>");
+        }
+        let command: Vec<String> = self.command.iter().map(|word| escape(&quoted(word))).collect();
+        format!("<dl>\n{list}</dl>\n<h3>Command</h3>\n<pre><code>{}</code></pre>\n", command.join(" "))
     }
-    for (name, library) in &record.libraries {
-        let (name, version) = (escape(name), escape(&library.version));
-        let (path, origin) = (escape(&library.path), escape(&library.origin));
-        let _ = writeln!(list, "<dt>{name}</dt><dd>{version} <code>{path}</code>, {origin}</dd>");
-    }
-    let command: Vec<String> = record.command.iter().map(|word| escape(&quoted(word))).collect();
-    let html = format!(
-        "<dl>\n{list}</dl>\n<h3>Command</h3>\n<pre><code>{}</code></pre>\n{}",
-        command.join(" "),
-        tables::variants(record)
-    );
-    section("Machine, versions and files", "", &html)
 }
 
 fn section(title: &str, lead: &str, content: &str) -> String {
@@ -270,7 +309,7 @@ mod tests {
     const VOID: [&str; 8] = ["!DOCTYPE", "meta", "img", "line", "rect", "circle", "br", "hr"];
 
     /// Fails unless every element that is opened is closed, in order.
-    fn assert_nested(html: &str) {
+    pub(super) fn assert_nested(html: &str) {
         let mut open: Vec<&str> = Vec::new();
         let (before_style, after_style) = (html.find("<style>").unwrap(), html.find("</style>").unwrap());
         let outside = [&html[..before_style], &html[after_style + 8..]];

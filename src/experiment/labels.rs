@@ -3,14 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use image::{DynamicImage, RgbImage};
+use image::DynamicImage;
 use walkdir::WalkDir;
 
-use crate::experiment::ExperimentError;
+use super::{ExperimentError, images};
 use crate::inference::{ModelCard, Task};
-
-/// Extensions of images that are read.
-const IMAGES: [&str; 3] = ["png", "jpg", "jpeg"];
 
 /// Images with what is right about them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +17,8 @@ pub(super) struct Labelled {
     pub(super) items: Vec<Item>,
     /// Number of groups; what is drawn for intervals.
     pub(super) groups: usize,
-    /// Whether groups were named, rather than each image being its own.
-    pub(super) has_groups: bool,
+    /// Names of the groups; empty if each image is its own.
+    pub(super) group_names: Vec<String>,
 }
 
 /// One image.
@@ -43,6 +40,11 @@ pub(super) enum Truth {
 }
 
 impl Labelled {
+    /// Whether groups were named, rather than each image being its own.
+    pub(super) fn has_groups(&self) -> bool {
+        !self.group_names.is_empty()
+    }
+
     pub(super) fn images(&self) -> Vec<PathBuf> {
         self.items.iter().map(|item| item.image.clone()).collect()
     }
@@ -57,11 +59,11 @@ pub(super) fn read(path: &Path, card: &ModelCard) -> Result<Labelled, Experiment
     if card.classes.len() < 2 {
         return wrong("the model has one class: labels need two to tell apart");
     }
-    let (items, has_groups) = if path.is_dir() {
+    let (items, group_names) = if path.is_dir() {
         if card.task == Task::Segmentation {
             return wrong("a folder per class has no masks; a segmentation needs a CSV with the columns image,mask");
         }
-        (folder(path, card)?, false)
+        (folder(path, card)?, Vec::new())
     } else {
         table(path, card)?
     };
@@ -69,18 +71,13 @@ pub(super) fn read(path: &Path, card: &ModelCard) -> Result<Labelled, Experiment
         return wrong("holds no labelled image");
     }
     let groups = items.iter().map(|item| item.group + 1).max().unwrap_or(0);
-    Ok(Labelled { path: path.to_owned(), items, groups, has_groups })
-}
-
-/// An image as RGB.
-pub(super) fn pixels(path: &Path) -> Result<RgbImage, ExperimentError> {
-    Ok(open(path)?.into_rgb8())
+    Ok(Labelled { path: path.to_owned(), items, groups, group_names })
 }
 
 /// A mask `[row, column]` of an image of that size, with only indices below `classes` and 255 in it.
 pub(super) fn mask(path: &Path, size: (u32, u32), classes: usize) -> Result<Vec<u8>, ExperimentError> {
     let wrong = |reason: String| Err(ExperimentError::Labels { path: path.to_owned(), reason });
-    let mask = match open(path)? {
+    let mask = match images::open(path)? {
         DynamicImage::ImageLuma8(mask) => mask,
         _ => return wrong("is no 8-bit grey image, whose values are indices of classes".to_owned()),
     };
@@ -95,10 +92,6 @@ pub(super) fn mask(path: &Path, size: (u32, u32), classes: usize) -> Result<Vec<
     Ok(mask.into_raw())
 }
 
-fn open(path: &Path) -> Result<DynamicImage, ExperimentError> {
-    image::open(path).map_err(|source| ExperimentError::Image { path: path.to_owned(), source })
-}
-
 /// Each image its own group.
 fn folder(path: &Path, card: &ModelCard) -> Result<Vec<Item>, ExperimentError> {
     let mut items = Vec::new();
@@ -109,20 +102,15 @@ fn folder(path: &Path, card: &ModelCard) -> Result<Vec<Item>, ExperimentError> {
         let name = entry.file_name().to_string_lossy().into_owned();
         let class = class(card, &name).map_err(|reason| labels_error(entry.path(), reason))?;
         let images = WalkDir::new(entry.path()).sort_by_file_name().into_iter().flatten();
-        for image in images.map(walkdir::DirEntry::into_path).filter(|path| is_image(path)) {
+        for image in images.map(walkdir::DirEntry::into_path).filter(|path| images::is_image(path)) {
             items.push(Item { image, truth: Truth::Class(class), group: items.len() });
         }
     }
     Ok(items)
 }
 
-fn is_image(path: &Path) -> bool {
-    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-    path.is_file() && extension.is_some_and(|extension| IMAGES.contains(&extension.as_str()))
-}
-
-/// The items of a table, and whether it has groups. Paths are below the table's folder.
-fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, bool), ExperimentError> {
+/// The items of a table, and the names of its groups. Paths are below the table's folder.
+fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), ExperimentError> {
     let broken = |error: csv::Error| match error.into_kind() {
         csv::ErrorKind::Io(source) => ExperimentError::File { path: path.to_owned(), doing: "read", source },
         other => labels_error(path, format!("is no table: {other:?}")),
@@ -131,7 +119,7 @@ fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, bool), ExperimentE
     let headers = reader.headers().map_err(broken)?.clone();
     let column = |name: &str| headers.iter().position(|header| header.eq_ignore_ascii_case(name));
     let wanted = if card.task == Task::Segmentation { "mask" } else { "label" };
-    let (Some(image), Some(truth)) = (column("image"), column(wanted)) else {
+    let (Some(image), Some(truth)) = (column("image").or(column("path")), column(wanted)) else {
         let found = headers.iter().collect::<Vec<_>>().join(", ");
         return Err(labels_error(path, format!("needs the columns image and {wanted}, and has: {found}")));
     };
@@ -159,7 +147,9 @@ fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, bool), ExperimentE
         let group = group.map_or(items.len(), |group| *groups.entry(field(group).to_owned()).or_insert(next));
         items.push(Item { image, truth, group });
     }
-    Ok((items, group.is_some()))
+    let mut names = vec![String::new(); groups.len()];
+    groups.into_iter().for_each(|(name, index)| names[index] = name);
+    Ok((items, names))
 }
 
 fn class(card: &ModelCard, name: &str) -> Result<usize, String> {
@@ -176,7 +166,7 @@ fn labels_error(path: &Path, reason: String) -> ExperimentError {
 mod tests {
     use super::*;
     use crate::inference::BareModel;
-    use image::{GrayImage, Luma};
+    use image::{GrayImage, Luma, RgbImage};
     use std::fs;
 
     fn card(name: &str) -> ModelCard {
@@ -202,7 +192,7 @@ mod tests {
         let found = read(folder.path(), &card("cells-vit")).unwrap();
         let items: Vec<_> = found.items.iter().map(|item| (item.truth.clone(), item.group)).collect();
         assert_eq!(items, [(Truth::Class(0), 0), (Truth::Class(2), 1), (Truth::Class(2), 2)]);
-        assert!(found.items[1].image.ends_with("stroma/a.png") && !found.has_groups);
+        assert!(found.items[1].image.ends_with("stroma/a.png") && !found.has_groups());
         assert!(reason(read(folder.path(), &card("cells-unet"))).contains("image,mask"));
         fs::create_dir(folder.path().join("blood")).unwrap();
         let said = reason(read(folder.path(), &card("cells-vit")));
@@ -222,12 +212,15 @@ mod tests {
         let found =
             read(&write("image,label,group\na.png,glass,p2\na.png, stroma,p1\na.png,stroma,p2\n"), &vit).unwrap();
         assert_eq!(found.items.iter().map(|item| item.group).collect::<Vec<_>>(), [0, 1, 0]);
-        assert_eq!((found.groups, found.has_groups, found.items[1].truth.clone()), (2, true, Truth::Class(2)));
+        assert_eq!(
+            (found.groups, found.group_names.join(" "), found.items[1].truth.clone()),
+            (2, "p2 p1".to_owned(), Truth::Class(2))
+        );
         for (text, expected) in [
             ("image,class\na.png,glass\n", "needs the columns image and label, and has: image, class"),
             ("image,label\na.png,glass\nb.png,glass\n", "line 3: \"b.png\" is no file"),
             ("image,label\na.png,fat\n", "line 2: \"fat\" is none"),
-            ("image,label\n", "holds no labelled image"),
+            ("path,label\n", "holds no labelled image"),
         ] {
             let said = reason(read(&write(text), &vit));
             assert!(said.contains(expected), "{said}");

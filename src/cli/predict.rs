@@ -1,0 +1,186 @@
+//! `slidestream predict`: images that are no slides.
+
+use std::fmt::Write as _;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use slidestream::engine::cohort;
+use slidestream::experiment::predict::{self, PredictRequest};
+use slidestream::native;
+use slidestream::output::write_atomic;
+use slidestream::report::{
+    FolderRecord, ImageClass, ImageRecord, PREDICT_SCHEMA, PaceRecord, PredictRecord, PredictedRecord, to_json,
+};
+
+use super::options::PredictorArgs;
+use super::{Failure, Outcome, prepare, say, show, table};
+
+/// More classes have no columns in the table.
+const MOST_COLUMNS: usize = 6;
+
+/// The class of each image by the mean over its tiles; of a segmentation its mask and overlay
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    /// Images (png, jpg, jpeg, bmp, tif, tiff), and folders whose own images are taken; at the model's resolution
+    #[arg(required = true, value_name = "IMAGE|DIR")]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    predictor: PredictorArgs,
+    /// Tiles per batch; with 1 the latency of a single tile is told
+    #[arg(long, value_name = "N", default_value = "16")]
+    batch_size: NonZeroUsize,
+    /// Most tiles of an image, evenly sampled; 0 takes all (a segmentation always does)
+    #[arg(long, value_name = "N", default_value = "25")]
+    max_tiles: usize,
+    /// Where predict.json goes, and the masks and overlays of a segmentation, which needs it
+    #[arg(long, short, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Everything as JSON on stdout, every tile included, instead of the table
+    #[arg(long)]
+    json: bool,
+    /// Say nothing but errors and results
+    #[arg(long)]
+    quiet: bool,
+}
+
+pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
+    let started = cohort::now();
+    native::onnx_runtime()?;
+    let request = PredictRequest {
+        paths: args.paths.clone(),
+        card: args.predictor.card()?,
+        options: args.predictor.options(Some(args.batch_size)),
+        max_tiles: args.max_tiles,
+        out: args.out.clone(),
+    };
+    let mut talk = |line: &str| {
+        if !args.quiet {
+            say(line);
+        }
+    };
+    let found = predict::predict(&request, &mut talk)?;
+    let record = PredictRecord {
+        schema: PREDICT_SCHEMA.to_owned(),
+        started,
+        finished: cohort::now(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: prepare::command(),
+        libraries: prepare::libraries(),
+        hardware: prepare::hardware(),
+        found,
+    };
+    if let Some(out) = &args.out {
+        write_atomic(&out.join("predict.json"), &to_json(&record))?;
+    }
+    if args.json {
+        show(&String::from_utf8_lossy(&to_json(&record)));
+    } else {
+        show(&summary(&record.found));
+    }
+    for failed in &record.found.failed {
+        say(&format!("not predicted: {}: {}", failed.path, failed.reason));
+    }
+    let failed = record.found.failed.len();
+    Ok(Outcome::of(failed, failed + record.found.images.len()))
+}
+
+fn summary(found: &PredictedRecord) -> String {
+    let is_map = found.model.task == "segmentation";
+    let classes: &[String] = if found.model.classes.len() > MOST_COLUMNS { &[] } else { &found.model.classes };
+    let mut heads = if is_map { vec!["image", "pixels"] } else { vec!["image", "label", "confidence", "tiles"] };
+    heads.extend(classes.iter().map(String::as_str));
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    if !found.images.is_empty() {
+        rows.extend(found.images.iter().map(|image| image_row(image, is_map, classes.len())));
+        rows.extend(found.folders.iter().map(|folder| folder_row(folder, is_map, classes.len())));
+    }
+    let mut text = if rows.is_empty() { String::new() } else { table(&heads, &rows) };
+    if let Some(note) = left_over(&found.images) {
+        writeln!(text, "\n{note}").ok();
+    }
+    if let Some(pace) = &found.pace {
+        writeln!(text, "\n{}", paced(pace, &found.ran_on.device)).ok();
+    }
+    for file in found.images.iter().flat_map(|image| &image.files) {
+        writeln!(text, "{file}").ok();
+    }
+    text
+}
+
+fn image_row(image: &ImageRecord, is_map: bool, shown: usize) -> Vec<String> {
+    let name = Path::new(&image.path).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut row = vec![name];
+    if is_map {
+        row.push((u64::from(image.width) * u64::from(image.height)).to_string());
+    } else {
+        row.extend(label(image.label.as_deref(), image.confidence));
+        row.push(format!("{} of {}", image.tiles.len(), image.grid_tiles));
+    }
+    row.extend(shares(&image.classes[..shown], &image.classes, is_map));
+    row
+}
+
+fn folder_row(folder: &FolderRecord, is_map: bool, shown: usize) -> Vec<String> {
+    let images = counted(folder.images, "image");
+    let mut row = vec![format!("{}:", folder.path)];
+    if is_map {
+        row.push(images);
+    } else {
+        row.extend(label(folder.label.as_deref(), folder.confidence));
+        row.push(images);
+    }
+    match folder.classes.get(..shown) {
+        Some(classes) => row.extend(shares(classes, &folder.classes, is_map)),
+        None => row.resize(row.len() + shown, "–".to_owned()),
+    }
+    row
+}
+
+fn label(label: Option<&str>, confidence: Option<f64>) -> [String; 2] {
+    let confidence = confidence.map_or_else(|| "–".to_owned(), |confidence| format!("{confidence:.3}"));
+    [label.unwrap_or("–").to_owned(), confidence]
+}
+
+/// Of a classifier the mean probability and how many tiles or images have the class, of a map its share of the pixels.
+fn shares<'a>(classes: &'a [ImageClass], all: &[ImageClass], is_map: bool) -> impl Iterator<Item = String> + 'a {
+    let pixels: u64 = all.iter().map(|class| class.count).sum();
+    classes.iter().map(move |class| {
+        if is_map {
+            format!("{:.1} %", 100.0 * class.count as f64 / pixels.max(1) as f64)
+        } else {
+            format!("{:.3} ({})", class.probability, class.count)
+        }
+    })
+}
+
+/// That tiles don't reach the edges of some images.
+fn left_over(images: &[ImageRecord]) -> Option<String> {
+    let partly = images.iter().filter(|image| image.covered < 1.0).count();
+    let least = images.iter().map(|image| image.covered).fold(1.0, f64::min);
+    (partly > 0).then(|| {
+        format!(
+            "Of {partly} of {} the edge at the right or the bottom is not seen; whole tiles cover at least {:.1} %.",
+            counted(images.len() as u64, "image"),
+            100.0 * least
+        )
+    })
+}
+
+fn paced(pace: &PaceRecord, device: &str) -> String {
+    let ms = &pace.ms_per_tile;
+    let (count, p50, p90, p99) = (ms.count, ms.p50, ms.p90, ms.p99);
+    match pace.batch_size {
+        1 => format!(
+            "latency of a tile on {device}, warm: p50 {p50:.2} ms, p90 {p90:.2} ms, p99 {p99:.2} ms ({count} tiles)"
+        ),
+        batch => format!(
+            "{:.1} tiles/s on {device}, warm, in batches of {batch}; {p50:.2} ms a tile p50, {p99:.2} ms p99 ({})",
+            pace.tiles_per_sec,
+            if count == 1 { "1 batch".to_owned() } else { format!("{count} batches") }
+        ),
+    }
+}
+
+fn counted(count: u64, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}

@@ -1,0 +1,145 @@
+//! What a model says of labelled images, and which of them can't be read.
+
+use rayon::prelude::*;
+
+use crate::experiment::ExperimentError;
+use crate::experiment::images::{self, Fit, ScoreMap};
+use crate::experiment::labels::{self, Item, Labelled, Truth};
+use crate::experiment::pace::Paced;
+use crate::experiment::predict::failed_image;
+use crate::inference::ModelCard;
+use crate::measure::{ClassCounts, Confusion};
+use crate::report::FailedImage;
+
+/// Images that are decoded side by side before they are predicted.
+const READ_AHEAD: usize = 64;
+
+/// A labelled image that was classified.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Sample {
+    /// Index of the labelled item.
+    pub(super) item: usize,
+    pub(super) label: usize,
+    pub(super) group: usize,
+    /// `None` where the model gave no number.
+    pub(super) predicted: Option<usize>,
+    pub(super) is_in_top5: bool,
+    /// Of each class.
+    pub(super) scores: Vec<f32>,
+}
+
+/// A labelled image that was segmented.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Segmented {
+    /// Index of the labelled item.
+    pub(super) item: usize,
+    pub(super) group: usize,
+    /// Of its pixels.
+    pub(super) counts: ClassCounts,
+}
+
+/// What was predicted, and what could not be.
+#[derive(Debug)]
+pub(super) struct Predicted<T> {
+    pub(super) images: Vec<T>,
+    pub(super) failed: Vec<FailedImage>,
+    /// `[label, predicted]` with one more class than there are: no number.
+    pub(super) confusion: Confusion,
+}
+
+/// Classifies labelled images.
+pub(super) fn classify(
+    labelled: &Labelled,
+    card: &ModelCard,
+    session: &mut Paced,
+    fit: Fit,
+) -> Result<Predicted<Sample>, ExperimentError> {
+    let (batch, classes) = (session.predictor.batch_size(), card.classes.len());
+    let (mut samples, mut failed, mut confusion) = (Vec::new(), Vec::new(), Confusion::new(classes + 1));
+    let items: Vec<(usize, &Item)> = labelled.items.iter().enumerate().collect();
+    // Whole batches, so that only the very last one may be smaller.
+    for items in items.chunks(READ_AHEAD.div_ceil(batch) * batch) {
+        let read: Vec<_> = items.par_iter().map(|(_, item)| images::tile(&item.image, card, fit)).collect();
+        let mut tiles = Vec::with_capacity(items.len());
+        for ((index, item), tile) in items.iter().zip(read) {
+            match (tile, &item.truth) {
+                (Ok(tile), Truth::Class(label)) => tiles.push((*index, *label, item.group, tile)),
+                (Ok(_), Truth::Mask(_)) => {}
+                (Err(error @ ExperimentError::Image { .. }), _) => failed.push(failed_image(&item.image, &error)),
+                (Err(error), _) => return Err(error),
+            }
+        }
+        let slices: Vec<&[u8]> = tiles.iter().map(|(.., tile)| tile.as_slice()).collect();
+        let scores = images::classify(&slices, session, batch)?;
+        for ((item, label, group, _), scores) in tiles.iter().zip(scores) {
+            let sample = Sample::new(*item, *label, *group, scores);
+            confusion.add(sample.label, sample.predicted.unwrap_or(classes));
+            samples.push(sample);
+        }
+    }
+    Ok(Predicted { images: samples, failed, confusion })
+}
+
+/// Segments labelled images, pixel by pixel against their masks.
+pub(super) fn segment(
+    labelled: &Labelled,
+    card: &ModelCard,
+    session: &mut Paced,
+) -> Result<Predicted<Segmented>, ExperimentError> {
+    let classes = card.classes.len();
+    let (mut segmented, mut failed, mut confusion) = (Vec::new(), Vec::new(), Confusion::new(classes + 1));
+    for (index, item) in labelled.items.iter().enumerate() {
+        match map(item, card, session) {
+            Ok((truth, map)) => {
+                let mut of_image = Confusion::new(classes + 1);
+                for (pixel, label) in truth.iter().enumerate().filter(|(_, label)| **label != u8::MAX) {
+                    of_image.add(usize::from(*label), map.class_at(pixel).unwrap_or(classes));
+                }
+                confusion.merge(&of_image);
+                segmented.push(Segmented { item: index, group: item.group, counts: counts(&of_image, classes) });
+            }
+            Err(error @ ExperimentError::Image { .. }) => failed.push(failed_image(&item.image, &error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Predicted { images: segmented, failed, confusion })
+}
+
+/// The mask of a labelled image, and the model's map of it.
+pub(super) fn map(item: &Item, card: &ModelCard, session: &mut Paced) -> Result<(Vec<u8>, ScoreMap), ExperimentError> {
+    let image = images::pixels(&item.image)?;
+    let truth = match &item.truth {
+        Truth::Mask(mask) => labels::mask(mask, image.dimensions(), card.classes.len())?,
+        Truth::Class(_) => Vec::new(),
+    };
+    let batch = session.predictor.batch_size();
+    Ok((truth, images::segment(&image, &item.image, card, session, batch)?))
+}
+
+/// By class, where the last class of the confusion is no number.
+fn counts(confusion: &Confusion, classes: usize) -> ClassCounts {
+    let mut counts = ClassCounts::new(classes);
+    for label in 0..classes {
+        for predicted in 0..=classes {
+            let is_number = predicted < classes;
+            counts.add_many(label, is_number.then_some(predicted), confusion.count(label, predicted));
+        }
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_number_is_in_no_prediction() {
+        let mut confusion = Confusion::new(3);
+        for (label, predicted) in [(0, 0), (0, 2), (1, 0), (1, 1)] {
+            confusion.add(label, predicted);
+        }
+        let counts = counts(&confusion, 2);
+        assert_eq!((counts.items(), counts.support(0), counts.predicted(0)), (4, 2, 2));
+        assert_eq!(counts.accuracy(), Some(0.5));
+    }
+}

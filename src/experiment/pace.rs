@@ -1,0 +1,66 @@
+//! How fast a model runs apart from everything around it: each of its batches is timed while work goes on.
+
+use std::time::Instant;
+
+use crate::inference::{Prediction, Predictor, Session, SessionError};
+use crate::measure::Samples;
+use crate::report::PaceRecord;
+use crate::report::compare::SummaryRecord;
+
+/// A predictor whose batches are timed.
+pub(super) struct Paced {
+    pub(super) predictor: Predictor,
+    /// Tiles and seconds of each batch, in order.
+    batches: Vec<(usize, f64)>,
+}
+
+impl Paced {
+    pub(super) fn new(predictor: Predictor) -> Self {
+        Self { predictor, batches: Vec::new() }
+    }
+
+    /// What was measured; `None` before the first batch.
+    pub(super) fn record(&self) -> Option<PaceRecord> {
+        pace(&self.batches, self.predictor.batch_size())
+    }
+}
+
+impl Session for Paced {
+    fn predict(&mut self, tiles: &[&[u8]]) -> Result<Prediction, SessionError> {
+        let start = Instant::now();
+        let prediction = self.predictor.predict(tiles)?;
+        self.batches.push((tiles.len(), start.elapsed().as_secs_f64()));
+        Ok(prediction)
+    }
+}
+
+fn pace(batches: &[(usize, f64)], batch_size: usize) -> Option<PaceRecord> {
+    let tiles: usize = batches.iter().map(|(tiles, _)| tiles).sum();
+    let seconds: f64 = batches.iter().map(|(_, seconds)| seconds).sum();
+    // A last batch that is not full takes longer for each of its tiles; it counts only if there is no full one.
+    let fullest = batches.iter().map(|(tiles, _)| *tiles).max()?;
+    let full = batches.iter().filter(|(tiles, _)| *tiles == fullest);
+    let samples = Samples::new(full.map(|(tiles, seconds)| seconds / *tiles as f64).collect())?;
+    Some(PaceRecord {
+        batch_size,
+        tiles: tiles as u64,
+        seconds,
+        tiles_per_sec: tiles as f64 / seconds,
+        ms_per_tile: SummaryRecord::in_ms(&samples.summary()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_batches_tell_the_latency_and_all_tell_the_rate() {
+        let record = pace(&[(4, 0.4), (4, 0.8), (2, 0.8)], 4).unwrap();
+        assert_eq!((record.tiles, record.seconds, record.tiles_per_sec), (10, 2.0, 5.0));
+        assert_eq!((record.ms_per_tile.count, record.ms_per_tile.max), (2, 200.0));
+        assert!((record.ms_per_tile.p50 - 150.0).abs() < 1e-9 && (record.ms_per_tile.p99 - 199.0).abs() < 1e-9);
+        assert_eq!(pace(&[], 4), None);
+        assert_eq!(pace(&[(2, 1.0)], 4).unwrap().ms_per_tile.p50, 500.0);
+    }
+}

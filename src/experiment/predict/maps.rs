@@ -1,0 +1,86 @@
+//! The mask and the overlay of an image.
+
+use std::path::Path;
+
+use image::{GrayImage, RgbImage};
+
+use crate::experiment::ExperimentError;
+use crate::experiment::images::{self, ScoreMap};
+use crate::experiment::pace::Paced;
+use crate::geometry::Level0Rect;
+use crate::inference::ModelCard;
+use crate::output::{self, ClassStyle, MapArea, Overlay, OverlayClass, Thumbnail};
+use crate::report::{ImageClass, ImageRecord};
+
+/// Probability below which a pixel is not tinted, as in a run without further settings.
+const FLOOR: f64 = 0.5;
+
+/// Segments an image and writes `ID.mask.png`, whose values are indices of classes, and `ID.overlay.png`.
+pub(super) fn map(
+    path: &Path,
+    image: &RgbImage,
+    card: &ModelCard,
+    session: &mut Paced,
+    out: &Path,
+) -> Result<ImageRecord, ExperimentError> {
+    let batch = session.predictor.batch_size();
+    let map = images::segment(image, path, card, session, batch)?;
+    let mut classes = Vec::with_capacity(image.width() as usize * image.height() as usize);
+    for class in map.class_map() {
+        let Some(class) = class else {
+            let reason = "the model gives no number for some of its pixels".to_owned();
+            return Err(images::unsuited(path, reason, "try the fp32 variant"));
+        };
+        // A mask has room for 255 classes, the last value being none.
+        classes.push(u8::try_from(class).unwrap_or(u8::MAX));
+    }
+    let id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let (mask, overlay) = (out.join(format!("{id}.mask.png")), out.join(format!("{id}.overlay.png")));
+    if let Some(picture) = GrayImage::from_raw(map.width, map.height, classes.clone()) {
+        output::write_grey_png(&mask, &picture)?;
+    }
+    output::write_png(&overlay, &drawn(&id, image, card, &map, &classes))?;
+    let shares = card.classes.iter().enumerate().map(|(index, class)| ImageClass {
+        class: class.name.clone(),
+        count: classes.iter().filter(|found| usize::from(**found) == index).count() as u64,
+        probability: (0..classes.len()).map(|pixel| f64::from(map.probability(index, pixel))).sum::<f64>()
+            / classes.len() as f64,
+    });
+    let files = [&mask, &overlay].map(|file| file.display().to_string());
+    Ok(ImageRecord {
+        path: path.display().to_string(),
+        width: map.width,
+        height: map.height,
+        grid_tiles: map.tile_count,
+        covered: 1.0,
+        label: None,
+        confidence: None,
+        classes: shares.collect(),
+        tiles: Vec::new(),
+        files: files.to_vec(),
+    })
+}
+
+fn drawn(id: &str, image: &RgbImage, card: &ModelCard, map: &ScoreMap, classes: &[u8]) -> RgbImage {
+    let area = Level0Rect { x: 0, y: 0, width: i64::from(map.width), height: i64::from(map.height) };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between two bytes")]
+    let byte = |probability: f32| (probability.clamp(0.0, 1.0) * 255.0).round() as u8;
+    let of_class = |class| (0..classes.len()).map(|pixel| byte(map.probability(class, pixel))).collect();
+    let probabilities: Vec<Vec<u8>> = (0..card.classes.len()).map(of_class).collect();
+    let index: Vec<u8> = classes.iter().map(|class| class.saturating_add(1)).collect();
+    let styles = card.classes.iter().enumerate().map(|(index, class)| OverlayClass {
+        style: ClassStyle { name: class.name.clone(), color: class.color },
+        is_background: card.background == Some(index),
+    });
+    let overlay = Overlay {
+        title: id,
+        subtitle: &format!("{} at {} µm/px", card.name, card.mpp),
+        map: MapArea { width: map.width, height: map.height, area },
+        class_index: &index,
+        probabilities: &probabilities.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+        classes: &styles.collect::<Vec<_>>(),
+        floor: FLOOR,
+    };
+    // An image says nothing of its resolution; it is taken to be the model's, as its tiles are.
+    output::draw_overlay(&Thumbnail { pixels: image, area, um_per_px: card.mpp.get() }, &overlay)
+}

@@ -1,0 +1,320 @@
+//! Predicts images that are no slides: a classifier tells each image's class by the mean over its tiles, a segmentation
+//! gives each its mask.
+
+mod maps;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+
+use super::ExperimentError;
+use super::images;
+use super::pace::Paced;
+use crate::inference::{ModelCard, Predictor, PredictorOptions, Task};
+use crate::measure::predicted_class;
+use crate::report::{
+    FailedImage, FolderRecord, ImageClass, ImageRecord, ModelRecord, PredictedRecord, RanOnRecord, TileRecord,
+};
+use crate::slide;
+
+/// What a slide's file is called where no library is there to look into it.
+const SLIDES: [&str; 9] = ["svs", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide", "bif", "dcm"];
+/// From this probability on an image has a model's only class.
+const HALF: f32 = 0.5;
+
+/// What is predicted, and how.
+#[derive(Clone, Debug)]
+pub struct PredictRequest {
+    /// Images, and folders whose own images are taken.
+    pub paths: Vec<PathBuf>,
+    /// The model.
+    pub card: ModelCard,
+    /// Where and how it runs.
+    pub options: PredictorOptions,
+    /// Most tiles of an image that a classifier sees, evenly sampled; 0 for all. A map is of all pixels.
+    pub max_tiles: usize,
+    /// Where masks and overlays go.
+    pub out: Option<PathBuf>,
+}
+
+/// Predicts all images; `say` is told what is being done. One that can't be read is listed, and the others go on.
+///
+/// # Errors
+/// [`ExperimentError`] if the model can't be had, a path is a slide, or there is no image.
+pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<PredictedRecord, ExperimentError> {
+    let card = &request.card;
+    let found = find(&request.paths)?;
+    if card.task == Task::Features {
+        let reason = "gives features, and no classes to predict".to_owned();
+        return Err(images::unsuited(&card.path, reason, "choose a classification or a segmentation, or use run"));
+    }
+    let out = match (card.task, &request.out) {
+        (Task::Segmentation, None) => {
+            let reason = "is a segmentation, whose masks need a folder".to_owned();
+            return Err(images::unsuited(&card.path, reason, "set out"));
+        }
+        (_, out) => out.as_deref(),
+    };
+    if card.task == Task::Segmentation {
+        no_name_twice(found.iter().flat_map(|group| &group.images))?;
+    }
+    let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
+    let model = model_record(&session.predictor);
+    let ran_on = ran_on(&session.predictor);
+    let total: usize = found.iter().map(|group| group.images.len()).sum();
+    say(&format!("predicting {total} images with {} on {}", card.name, ran_on.device));
+    let (mut images, mut folders, mut failed) = (Vec::new(), Vec::new(), Vec::new());
+    for group in &found {
+        let before = (images.len(), failed.len());
+        for path in &group.images {
+            match one(path, request, &mut session, out) {
+                Ok(record) => images.push(record),
+                Err(error) if images::is_about_one_image(&error) => failed.push(failed_image(path, &error)),
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(folder) = &group.folder {
+            folders.push(together(folder, card, &images[before.0..], failed.len() - before.1));
+        }
+    }
+    let (max_tiles, pace) = (request.max_tiles, session.record());
+    Ok(PredictedRecord { model, ran_on, tile_size: card.tile_size, max_tiles, images, folders, failed, pace })
+}
+
+/// The model as records name it.
+pub(super) fn model_record(predictor: &Predictor) -> ModelRecord {
+    let (card, variant) = (predictor.card(), predictor.variant());
+    ModelRecord {
+        name: card.name.clone(),
+        variant: variant.name.clone(),
+        file: variant.file.display().to_string(),
+        sha256: variant.sha256.clone(),
+        task: card.task.to_string(),
+        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
+    }
+}
+
+pub(super) fn ran_on(predictor: &Predictor) -> RanOnRecord {
+    RanOnRecord {
+        device: predictor.device().to_string(),
+        provider: predictor.provider().to_string(),
+        reason: predictor.reason().to_owned(),
+        batch_size: predictor.batch_size(),
+    }
+}
+
+/// An image that is left out, and why.
+pub(super) fn failed_image(path: &Path, error: &ExperimentError) -> FailedImage {
+    let text = error.chain();
+    let path = path.display().to_string();
+    let reason = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text).to_owned();
+    FailedImage { path, reason }
+}
+
+/// The class that scores stand for: the most probable one, of a model with one class that class from one half on; `None`
+/// for neither, and for NaN.
+pub(super) fn decided(scores: &[f32]) -> Option<usize> {
+    predicted_class(scores).filter(|_| scores.len() > 1 || scores[0] >= HALF)
+}
+
+/// Images that were named together.
+struct Group {
+    /// `None` for an image that was named itself.
+    folder: Option<PathBuf>,
+    images: Vec<PathBuf>,
+}
+
+fn find(paths: &[PathBuf]) -> Result<Vec<Group>, ExperimentError> {
+    let mut groups = Vec::new();
+    for path in paths {
+        if path.is_dir() {
+            let images = images::in_folder(path)?;
+            if images.is_empty() {
+                let reason = "holds no png, jpg, jpeg, bmp, tif or tiff image itself".to_owned();
+                return Err(images::unsuited(
+                    path,
+                    reason,
+                    "name the folder that holds the images; others below are not searched",
+                ));
+            }
+            groups.push(Group { folder: Some(path.clone()), images });
+        } else if is_slide(path) {
+            let reason = "is a slide, not an image".to_owned();
+            return Err(images::unsuited(path, reason, "use slidestream run for slides"));
+        } else {
+            groups.push(Group { folder: None, images: vec![path.clone()] });
+        }
+    }
+    Ok(groups)
+}
+
+fn is_slide(path: &Path) -> bool {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+    extension.is_some_and(|extension| SLIDES.contains(&extension.as_str()))
+        || (path.is_file() && slide::detect(path).is_some())
+}
+
+/// A mask is named after its image, so no two may share a name.
+fn no_name_twice<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Result<(), ExperimentError> {
+    let mut names = BTreeMap::new();
+    for path in paths {
+        if let Some(other) = names.insert(path.file_stem(), path) {
+            let reason = format!("would have the same mask file as {}", other.display());
+            return Err(images::unsuited(path, reason, "rename one, or predict them into different folders"));
+        }
+    }
+    Ok(())
+}
+
+fn one(
+    path: &Path,
+    request: &PredictRequest,
+    session: &mut Paced,
+    out: Option<&Path>,
+) -> Result<ImageRecord, ExperimentError> {
+    if is_slide(path) {
+        let reason = "is a slide, not an image".to_owned();
+        return Err(images::unsuited(path, reason, "use slidestream run for slides"));
+    }
+    let image = images::pixels(path)?;
+    match (request.card.task, out) {
+        (Task::Segmentation, Some(out)) => maps::map(path, &image, &request.card, session, out),
+        _ => classify(path, &image, request, session),
+    }
+}
+
+fn classify(
+    path: &Path,
+    image: &RgbImage,
+    request: &PredictRequest,
+    session: &mut Paced,
+) -> Result<ImageRecord, ExperimentError> {
+    let (card, side) = (&request.card, request.card.tile_size);
+    let corners = images::whole_tiles(image, side);
+    if corners.is_empty() {
+        return Err(images::too_small(path, image, side));
+    }
+    let chosen: Vec<(u32, u32)> = sampled(corners.len(), request.max_tiles).map(|index| corners[index]).collect();
+    let mut scores = Vec::with_capacity(chosen.len());
+    let batch = session.predictor.batch_size();
+    for corners in chosen.chunks(batch) {
+        let tiles: Vec<Vec<u8>> = corners.iter().map(|corner| images::cut(image, *corner, side)).collect();
+        let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
+        scores.extend(images::classify(&tiles, session, batch)?);
+    }
+    if let Some(bad) = scores.iter().position(|row| row.iter().any(|score| !score.is_finite())) {
+        let (x, y) = chosen[bad];
+        let reason = format!("the model gives no number for its tile at {x}, {y}");
+        return Err(images::unsuited(path, reason, "try the fp32 variant"));
+    }
+    let names = |class: Option<usize>| class.map(|class| card.classes[class].name.clone());
+    let means: Vec<f32> = means(&scores);
+    let label = decided(&means);
+    let classes = card.classes.iter().enumerate().map(|(index, class)| ImageClass {
+        class: class.name.clone(),
+        count: scores.iter().filter(|row| decided(row) == Some(index)).count() as u64,
+        probability: f64::from(means[index]),
+    });
+    let tiles = chosen.iter().zip(&scores).map(|((x, y), row)| TileRecord {
+        x: *x,
+        y: *y,
+        label: names(decided(row)),
+        probabilities: row.iter().map(|score| f64::from(*score)).collect(),
+    });
+    let (width, height) = image.dimensions();
+    Ok(ImageRecord {
+        path: path.display().to_string(),
+        width,
+        height,
+        grid_tiles: corners.len() as u64,
+        covered: corners.len() as f64 * f64::from(side) * f64::from(side) / (f64::from(width) * f64::from(height)),
+        label: names(label),
+        confidence: label.map(|class| f64::from(means[class])),
+        classes: classes.collect(),
+        tiles: tiles.collect(),
+        files: Vec::new(),
+    })
+}
+
+/// `most` of `count` places, evenly: index i·count / most, rounded down; all of them if there are no more, or for 0.
+fn sampled(count: usize, most: usize) -> impl Iterator<Item = usize> {
+    let taken = if most == 0 { count } else { count.min(most) };
+    (0..taken).map(move |index| index * count / taken)
+}
+
+/// Mean of each class over rows, summed in 64 bits.
+fn means(rows: &[Vec<f32>]) -> Vec<f32> {
+    let classes = rows.first().map_or(0, Vec::len);
+    let mean = |class: usize| rows.iter().map(|row| f64::from(row[class])).sum::<f64>() / rows.len() as f64;
+    #[expect(clippy::cast_possible_truncation, reason = "a mean of 32-bit numbers")]
+    let means = (0..classes).map(|class| mean(class) as f32).collect();
+    means
+}
+
+/// What the images of a folder say together.
+fn together(folder: &Path, card: &ModelCard, images: &[ImageRecord], failed: usize) -> FolderRecord {
+    let is_map = card.task == Task::Segmentation;
+    let of_class = |(index, class): (usize, &crate::inference::Class)| ImageClass {
+        class: class.name.clone(),
+        count: if is_map {
+            images.iter().map(|image| image.classes[index].count).sum()
+        } else {
+            images.iter().filter(|image| image.label.as_ref() == Some(&class.name)).count() as u64
+        },
+        probability: images.iter().map(|image| image.classes[index].probability).sum::<f64>() / images.len() as f64,
+    };
+    let classes: Vec<ImageClass> = match images {
+        [] => Vec::new(),
+        _ => card.classes.iter().enumerate().map(of_class).collect(),
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "to choose the largest")]
+    let scores: Vec<f32> = classes.iter().map(|class| class.probability as f32).collect();
+    let label = if is_map || scores.is_empty() { None } else { decided(&scores) };
+    FolderRecord {
+        path: folder.display().to_string(),
+        images: images.len() as u64,
+        failed: failed as u64,
+        label: label.map(|class| classes[class].class.clone()),
+        confidence: label.map(|class| classes[class].probability),
+        classes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_even_and_all_are_taken_where_there_are_few() {
+        let indices = |count, most| sampled(count, most).collect::<Vec<_>>();
+        assert_eq!(indices(10, 4), [0, 2, 5, 7]);
+        assert_eq!(indices(26, 25)[..3], [0, 1, 2]);
+        assert_eq!(indices(26, 25)[24], 24);
+        assert_eq!((indices(3, 25), indices(3, 0)), (vec![0, 1, 2], vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn a_mean_decides_and_one_class_needs_one_half() {
+        let rows = [vec![0.9, 0.1], vec![0.2, 0.8], vec![0.2, 0.8]];
+        let means = means(&rows);
+        assert!((means[0] - 1.3 / 3.0).abs() < 1e-6);
+        assert_eq!(decided(&means), Some(1));
+        assert_eq!((decided(&[0.49]), decided(&[0.5]), decided(&[f32::NAN, 0.1])), (None, Some(0), None));
+    }
+
+    #[test]
+    fn two_images_do_not_share_a_mask() {
+        let paths = ["a/x.png", "b/x.jpg", "b/y.png"].map(PathBuf::from);
+        assert!(no_name_twice(paths[1..].iter()).is_ok());
+        let told = no_name_twice(paths.iter()).unwrap_err().to_string();
+        assert!(told.contains("b/x.jpg: would have the same mask file as a/x.png"), "{told}");
+    }
+
+    #[test]
+    fn slides_are_refused_by_name() {
+        let told = find(&["a.SVS".into()]).err().unwrap();
+        assert!(told.hint().unwrap().contains("slidestream run"));
+        assert!(!is_slide(Path::new("a.png")) && !is_slide(Path::new("none.tif")));
+    }
+}

@@ -1,0 +1,157 @@
+//! What is written down about predicted images, `predict.json`, and how fast a model ran over tiles.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::compare::SummaryRecord;
+use super::{HardwareRecord, LibraryRecord, ModelRecord};
+
+/// Schema of [`PredictRecord`].
+pub const PREDICT_SCHEMA: &str = "slidestream/predict/1";
+
+/// `predict.json`: a model over images that are no slides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PredictRecord {
+    /// [`PREDICT_SCHEMA`].
+    pub schema: String,
+    /// RFC 3339, UTC.
+    pub started: String,
+    /// RFC 3339, UTC.
+    pub finished: String,
+    /// The program's version.
+    pub version: String,
+    /// The command line, as it was typed.
+    pub command: Vec<String>,
+    /// Versions and paths of the native libraries, by name.
+    pub libraries: BTreeMap<String, LibraryRecord>,
+    /// The machine.
+    pub hardware: HardwareRecord,
+    /// What was predicted.
+    #[serde(flatten)]
+    pub found: PredictedRecord,
+}
+
+/// The parts of [`PredictRecord`] that tell nothing of the machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PredictedRecord {
+    /// The model.
+    pub model: ModelRecord,
+    /// Where it ran.
+    pub ran_on: RanOnRecord,
+    /// Side of a tile in pixels.
+    pub tile_size: u32,
+    /// Most tiles of an image; 0 for all.
+    pub max_tiles: usize,
+    /// The images, in the order in which they were given, those of a folder sorted.
+    pub images: Vec<ImageRecord>,
+    /// The folders that were given.
+    pub folders: Vec<FolderRecord>,
+    /// Images that could not be predicted.
+    pub failed: Vec<FailedImage>,
+    /// The model alone; absent if no image could be predicted.
+    pub pace: Option<PaceRecord>,
+}
+
+/// Where and how a model ran on tiles that were at hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RanOnRecord {
+    /// Such as `cpu` or `cuda:0`.
+    pub device: String,
+    /// The execution provider.
+    pub provider: String,
+    /// Why this device and provider.
+    pub reason: String,
+    /// Tiles per batch.
+    pub batch_size: usize,
+}
+
+/// How fast a warm model ran, without reading, decoding or anything else.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PaceRecord {
+    /// Tiles per batch.
+    pub batch_size: usize,
+    /// Tiles that were predicted.
+    pub tiles: u64,
+    /// Seconds that all batches took together.
+    pub seconds: f64,
+    /// Tiles by seconds.
+    pub tiles_per_sec: f64,
+    /// Milliseconds of a batch by its tiles, over the full batches; in batches of one the latency of a tile.
+    pub ms_per_tile: SummaryRecord,
+}
+
+/// An image that can't be taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedImage {
+    /// The image.
+    pub path: String,
+    /// Why not.
+    pub reason: String,
+}
+
+/// What a model says of an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// The file.
+    pub path: String,
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// Whole tiles that the image has; of a segmentation, tiles that cover it.
+    pub grid_tiles: u64,
+    /// Share of the image, 0–1, in its whole tiles: what is left over at the right and the bottom is not seen.
+    pub covered: f64,
+    /// The most probable class by the mean over tiles; absent for a map, and where the only class has less than one half.
+    pub label: Option<String>,
+    /// Mean probability of that class.
+    pub confidence: Option<f64>,
+    /// Each class, in the model's order.
+    pub classes: Vec<ImageClass>,
+    /// The tiles that were predicted; empty for a map.
+    pub tiles: Vec<TileRecord>,
+    /// Files that were written.
+    pub files: Vec<String>,
+}
+
+/// A class in an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageClass {
+    /// Its name.
+    pub class: String,
+    /// Tiles, or pixels of a map, of which it is the most probable class.
+    pub count: u64,
+    /// Mean probability over tiles or pixels.
+    pub probability: f64,
+}
+
+/// What a model says of a tile.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TileRecord {
+    /// Left edge in the image's pixels.
+    pub x: u32,
+    /// Upper edge in the image's pixels.
+    pub y: u32,
+    /// The most probable class; absent where the only class has less than one half.
+    pub label: Option<String>,
+    /// Of each class, in the model's order.
+    pub probabilities: Vec<f64>,
+}
+
+/// What the images of a folder say together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FolderRecord {
+    /// The folder.
+    pub path: String,
+    /// Images that were predicted.
+    pub images: u64,
+    /// Images that could not be.
+    pub failed: u64,
+    /// The most probable class by the mean of the images' means; absent for maps.
+    pub label: Option<String>,
+    /// That mean.
+    pub confidence: Option<f64>,
+    /// Each class: images, or pixels of maps, of which it is the most probable, and the mean of the images' means.
+    pub classes: Vec<ImageClass>,
+}

@@ -1,0 +1,175 @@
+//! `slidestream predict` on made images: classes against hand-computed probabilities, masks, and what is refused.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::path::Path;
+
+use image::{DynamicImage, Rgb, RgbImage};
+use serde_json::Value;
+
+use support::{Finished, Json, Kind, TILE, Workplace, assert_no_partial_files, classify};
+
+const GREEN: [u8; 3] = [40, 230, 60];
+const MAGENTA: [u8; 3] = [220, 30, 200];
+
+fn predict(place: &Workplace, paths: &[&str], model: &Path, flags: &[&str]) -> Finished {
+    let mut command = place.command(["predict", "--device", "cpu", "--model"]);
+    command.arg(model).args(flags).args(paths.iter().map(|path| place.at(path)));
+    place.start(&mut command).wait()
+}
+
+/// Tiles in `columns` columns, each in its colour, and a margin at the right and the bottom.
+fn mosaic(colors: &[[u8; 3]], columns: u32, margin: u32) -> RgbImage {
+    let rows = u32::try_from(colors.len()).unwrap() / columns;
+    RgbImage::from_fn(columns * TILE + margin, rows * TILE + margin, |x, y| {
+        let (column, row) = ((x / TILE).min(columns - 1), (y / TILE).min(rows - 1));
+        Rgb(colors[(row * columns + column) as usize])
+    })
+}
+
+fn of(color: [u8; 3]) -> [f64; 2] {
+    classify(&color.repeat((TILE * TILE) as usize))
+}
+
+fn json(finished: &Finished) -> Value {
+    serde_json::from_str(&finished.stdout).unwrap()
+}
+
+fn assert_close(found: &Value, expected: f64) {
+    let found = found.as_f64().unwrap();
+    assert!((found - expected).abs() < 1e-5, "{found} instead of {expected}");
+}
+
+#[test]
+fn an_image_is_the_mean_of_its_tiles() {
+    let place = Workplace::new();
+    let colors = [GREEN, MAGENTA, GREEN, GREEN, [120, 120, 130], GREEN];
+    mosaic(&colors, 3, 17).save(place.at("a.png")).unwrap();
+    let model = place.model(Kind::Classifier);
+    let all = json(&predict(&place, &["a.png"], &model, &["--json", "--quiet"]).code(0));
+    let image = &all["images"][0];
+    assert_eq!((image["grid_tiles"].as_u64(), image["label"].as_str()), (Some(6), Some("pale")));
+    let mean = colors.iter().map(|color| of(*color)[0]).sum::<f64>() / 6.0;
+    assert_close(&image["confidence"], mean);
+    assert_close(&image["classes"][1]["probability"], 1.0 - mean);
+    assert_eq!((image["classes"][0]["count"].as_u64(), image["classes"][1]["count"].as_u64()), (Some(4), Some(2)));
+    let (width, height) = (f64::from(3 * TILE + 17), f64::from(2 * TILE + 17));
+    assert_close(&image["covered"], 6.0 * f64::from(TILE * TILE) / (width * height));
+    for (index, (tile, color)) in image["tiles"].as_array().unwrap().iter().zip(colors).enumerate() {
+        assert_close(&tile["probabilities"][0], of(color)[0]);
+        let index = u64::try_from(index).unwrap();
+        assert_eq!(tile["x"].as_u64(), Some(index % 3 * u64::from(TILE)));
+        assert_eq!(tile["y"].as_u64(), Some(index / 3 * u64::from(TILE)));
+    }
+
+    // Four of six, evenly: 0, 1, 3 and 4.
+    let some = json(&predict(&place, &["a.png"], &model, &["--json", "--max-tiles", "4", "--batch-size", "3"]).code(0));
+    let at =
+        |tile: &Value| (tile["x"].as_u64().unwrap() / u64::from(TILE), tile["y"].as_u64().unwrap() / u64::from(TILE));
+    let places: Vec<_> = some["images"][0]["tiles"].as_array().unwrap().iter().map(at).collect();
+    assert_eq!(places, [(0, 0), (1, 0), (0, 1), (1, 1)]);
+    let mean = [0, 1, 3, 4].map(|index| of(colors[index])[0]).iter().sum::<f64>() / 4.0;
+    assert_close(&some["images"][0]["classes"][0]["probability"], mean);
+    predict(&place, &["a.png"], &model, &["--max-tiles", "0"]).code(0).shows(&[
+        "a.png",
+        "pale",
+        "6 of 6",
+        "Of 1 of 1 image the edge",
+        "in batches of 16",
+    ]);
+}
+
+#[test]
+fn a_folder_is_the_mean_of_its_images() {
+    let place = Workplace::new();
+    std::fs::create_dir(place.at("in")).unwrap();
+    mosaic(&[GREEN, GREEN, MAGENTA], 3, 0).save(place.at("in/a.bmp")).unwrap();
+    mosaic(&[MAGENTA], 1, 0).save(place.at("in/b.tif")).unwrap();
+    // With an alpha channel, which is left out.
+    DynamicImage::from(mosaic(&[MAGENTA], 1, 0)).into_rgba8().save(place.at("in/c.PNG")).unwrap();
+    place.write("in/d.jpg", "no picture");
+    RgbImage::new(TILE, TILE - 1).save(place.at("in/e.png")).unwrap();
+    place.write("in/notes.txt", "no image, and not listed");
+    let out = place.at("out");
+    let finished = predict(&place, &["in"], &place.model(Kind::Classifier), &["--out", out.to_str().unwrap()])
+        .code(3)
+        .shows(&["a.bmp", "c.PNG", "3 images"])
+        .says(&["not predicted: ", "d.jpg: is no image that can be read", "e.png: is 128 × 127 px, less than a tile"]);
+    assert!(!finished.stderr.contains("notes.txt"));
+    let record = Json::read(out.join("predict.json"));
+    let names: Vec<_> =
+        record["images"].as_array().unwrap().iter().map(|image| image["path"].as_str().unwrap()).collect();
+    assert!(names[0].ends_with("a.bmp") && names[1].ends_with("b.tif") && names[2].ends_with("c.PNG"), "{names:?}");
+    let [green, magenta] = [of(GREEN)[1], of(MAGENTA)[1]];
+    let folder = &record["folders"][0];
+    assert_eq!(
+        (folder["label"].as_str(), folder["images"].as_u64(), folder["failed"].as_u64()),
+        (Some("deep"), Some(3), Some(2))
+    );
+    assert_close(&folder["confidence"], ((2.0 * green + magenta) / 3.0 + 2.0 * magenta) / 3.0);
+    assert_eq!((folder["classes"][0]["count"].as_u64(), folder["classes"][1]["count"].as_u64()), (Some(1), Some(2)));
+    assert_no_partial_files(&out);
+}
+
+#[test]
+fn one_tile_at_a_time_tells_the_latency() {
+    let place = Workplace::new();
+    mosaic(&[GREEN; 12], 4, 0).save(place.at("a.png")).unwrap();
+    let model = place.model(Kind::Classifier);
+    predict(&place, &["a.png"], &model, &["--batch-size", "1"])
+        .code(0)
+        .shows(&["latency of a tile on cpu, warm: p50", "(12 tiles)"]);
+    let record = json(&predict(&place, &["a.png"], &model, &["--batch-size", "1", "--json"]).code(0));
+    let pace = &record["pace"]["ms_per_tile"];
+    assert!(pace["p50"].as_f64().unwrap() > 0.0 && pace["p99"].as_f64() >= pace["p50"].as_f64());
+}
+
+#[test]
+fn a_segmentation_gives_masks_and_overlays() {
+    let place = Workplace::new();
+    let (width, height) = (TILE + 50, TILE + 3);
+    let color = |x: u32, y: u32| match (x * 3 / width, y < 20) {
+        (_, true) => [2, 3, 250],
+        (0, _) => [250, 3, 2],
+        _ => [3, 250, 2],
+    };
+    RgbImage::from_fn(width, height, |x, y| Rgb(color(x, y))).save(place.at("a.png")).unwrap();
+    let (model, out) = (place.model(Kind::Segmentation), place.at("out"));
+    let flags = ["--out", out.to_str().unwrap(), "--batch-size", "2"];
+    predict(&place, &["a.png"], &model, &flags).code(0).shows(&["a.mask.png", "a.overlay.png", "blue"]);
+    let mask = image::open(out.join("a.mask.png")).unwrap();
+    let DynamicImage::ImageLuma8(mask) = mask else { panic!("no grey picture") };
+    assert_eq!(mask.dimensions(), (width, height));
+    for (x, y, value) in mask.enumerate_pixels() {
+        let expected = color(x, y).iter().position(|value| *value == 250).unwrap();
+        assert_eq!(usize::from(value.0[0]), expected, "{x}, {y}");
+    }
+    assert!(image::open(out.join("a.overlay.png")).unwrap().width() > width);
+    let record = Json::read(out.join("predict.json"));
+    assert_eq!(record["images"][0]["classes"][2]["count"].as_u64(), Some(u64::from(20 * width)));
+    predict(&place, &["a.png"], &model, &[]).code(2).says(&["is a segmentation, whose masks need a folder", "set out"]);
+    RgbImage::new(width, height).save(place.at("a.jpg")).unwrap();
+    predict(&place, &["a.png", "a.jpg"], &model, &flags).code(2).says(&["would have the same mask file as"]);
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    let place = Workplace::new();
+    let model = place.model(Kind::Classifier);
+    place.slide("a.svs", &support::small(), &support::lossless());
+    predict(&place, &["a.svs"], &model, &[]).code(2).says(&["a.svs: is a slide, not an image", "slidestream run"]);
+    // Whatever its name says.
+    std::fs::rename(place.at("a.svs"), place.at("a.tif")).unwrap();
+    predict(&place, &["a.tif"], &model, &[]).code(2).says(&["is a slide"]);
+    predict(&place, &["none.png"], &model, &[]).code(1).says(&["not predicted: ", "none.png"]);
+    std::fs::create_dir(place.at("empty")).unwrap();
+    predict(&place, &["empty"], &model, &[]).code(2).says(&["holds no png, jpg"]);
+    RgbImage::new(TILE, TILE).save(place.at("black.png")).unwrap();
+    predict(&place, &["black.png"], &place.model(Kind::Features), &[]).code(2).says(&["gives features"]);
+    predict(&place, &["black.png"], &place.model(Kind::NotFinite), &[])
+        .code(1)
+        .says(&["gives no number for its tile at 0, 0"]);
+    predict(&place, &["black.png"], &model, &["--variant", "int9"]).code(1).says(&["has no variant \"int9\""]);
+}
