@@ -16,7 +16,7 @@ use slidestream::report::compare::{
 use slidestream::report::{compare_html, to_json};
 
 use super::options::BareModelOptions;
-use super::{Failure, Outcome, prepare, say, show};
+use super::{Failure, Outcome, aligned, prepare, say, show};
 
 /// Writes compare.json, compare.csv and compare.html; exit code 4 if a gate fails
 #[derive(clap::Args, Debug)]
@@ -176,14 +176,4 @@ fn cells(index: usize, row: &LadderRow) -> [String; 9] {
     let number = (index + 1).to_string();
     let (name, variant, batch) = (row.name.clone(), row.variant.clone(), row.batch.to_string());
     [number, name, variant, batch, time(alone), gain(alone), time(whole), gain(whole), memory]
-}
-
-fn aligned(rows: &[[String; 9]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for row in rows {
-        let cells = row.iter().enumerate().map(|(column, cell)| format!("{cell:<width$}", width = width(column)));
-        writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end()).ok();
-    }
-    text
 }

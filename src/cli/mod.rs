@@ -2,6 +2,7 @@
 //!
 //! stdout is for results, stderr for talk. Only this module knows flags, colours and exit codes.
 
+mod bench;
 mod compare;
 mod doctor;
 mod inspect;
@@ -9,6 +10,7 @@ mod optimize;
 mod options;
 mod prepare;
 mod progress;
+mod report;
 mod run;
 mod simulate;
 mod tiles;
@@ -51,6 +53,10 @@ enum Command {
     Compare(Box<compare::Args>),
     /// Run a model without slides: throughput, cost, and the time of a slide
     Simulate(Box<simulate::Args>),
+    /// Measure models of one kind side by side: vision transformers of many sizes, or LoRA by rank
+    Bench(bench::Args),
+    /// Show what result files say, or what changed between two
+    Report(report::Args),
     /// Check that this machine has what it takes
     Doctor(doctor::Args),
 }
@@ -63,7 +69,7 @@ enum Outcome {
     Failed,
     /// Some slides or tiles failed.
     Partly,
-    /// All was done, and something was not as it must be.
+    /// All was done, and something was not as it must be: a gate, or a regression.
     GateFailed,
     Interrupted,
 }
@@ -137,6 +143,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Optimize(args) => optimize::execute(&args),
         Command::Compare(args) => compare::execute(&args),
         Command::Simulate(args) => simulate::execute(&args),
+        Command::Bench(args) => bench::execute(&args),
+        Command::Report(args) => report::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
     };
     match outcome {
@@ -170,4 +178,15 @@ fn columns<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
         writeln!(text, "{name:width$}  {value}").ok();
         text
     })
+}
+
+/// Rows of cells in columns.
+fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().enumerate().map(|(column, cell)| format!("{cell:<width$}", width = width(column)));
+        writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end()).ok();
+    }
+    text
 }

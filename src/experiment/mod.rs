@@ -1,6 +1,7 @@
 //! What is built on the engine to learn something: making faster variants of a model, and comparing them.
 
 pub mod agreement;
+pub mod bench;
 pub mod compare;
 mod error;
 pub mod optimize;

@@ -88,6 +88,28 @@ impl Bootstrap {
         })
     }
 
+    /// How many times the median of `other` is that of `base`, for figures that were taken apart, as in two runs: both are
+    /// drawn on their own. What changed for a whole run is in the ratio, not in the interval. `None` if one is empty or
+    /// figures are not above 0.
+    #[must_use]
+    pub fn unpaired_ratio(&self, base: &[f64], other: &[f64]) -> Option<Interval> {
+        let is_rate = |value: &f64| value.is_finite() && *value > 0.0;
+        if base.is_empty() || other.is_empty() || !base.iter().chain(other).all(is_rate) {
+            return None;
+        }
+        let median = |values: &mut Vec<f64>| {
+            values.sort_by(f64::total_cmp);
+            percentile(values, 50.0)
+        };
+        let value = median(&mut other.to_vec()) / median(&mut base.to_vec());
+        let mut random = SplitMix64(self.seed);
+        let mut draw = |from: &[f64]| median(&mut from.iter().map(|_| from[random.below(from.len())]).collect());
+        let mut ratios: Vec<f64> = (0..self.resamples).map(|_| draw(other) / draw(base)).collect();
+        ratios.sort_by(f64::total_cmp);
+        let tail = 50.0 * (1.0 - self.confidence);
+        Some(Interval { value, low: percentile(&ratios, tail), high: percentile(&ratios, 100.0 - tail) })
+    }
+
     /// The paired difference `other − base` of a metric over the same items: both are computed on every draw, so that
     /// what is hard for both cancels.
     #[must_use]

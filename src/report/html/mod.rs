@@ -1,11 +1,16 @@
-//! A comparison as one page: everything inline, no script, light and dark, for screens of any width and for paper.
+//! Comparisons and benchmarks as one page each: everything inline, no script, light and dark, for screens of any width and for paper.
 
+mod bench;
 mod tables;
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
+
+pub use bench::bench_html;
 
 use super::chart;
 use super::compare::{CompareRecord, Verdict, fastest};
+use super::LibraryRecord;
 use super::text::{bytes, count, duration, escape, exact, near_one, significant, times};
 
 const STYLE: &str = include_str!("style.css");
@@ -33,14 +38,19 @@ pub fn compare_html(record: &CompareRecord) -> String {
         setting(record),
     ]
     .concat();
+    page("compare", &title, &record.version, &body)
+}
+
+/// The page around what a command found.
+fn page(command: &str, title: &str, version: &str, body: &str) -> String {
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n\
-         <title>{} – slidestream compare</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\
+         <title>{} – slidestream {command}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\
          <footer>Written by slidestream {}. Not a medical device.</footer>\n</main>\n</body>\n</html>\n",
-        escape(&title),
-        escape(&record.version)
+        escape(title),
+        escape(version)
     )
 }
 
@@ -96,9 +106,14 @@ fn tiles(record: &CompareRecord) -> String {
         let aside = if failed == 0 { "all passed".to_owned() } else { format!("{failed} failed") };
         shown.push(("gates passed", format!("{passed} of {}", record.found.gates.len()), aside));
     }
+    figures(&shown)
+}
+
+/// Figures in large print, each with its label and what stands small below it.
+fn figures(shown: &[(&str, String, String)]) -> String {
     let mut html = String::from("<div class=\"tiles\">\n");
     for (label, figure, aside) in shown {
-        let (figure, aside) = (escape(&figure), escape(&aside));
+        let (figure, aside) = (escape(figure), escape(aside));
         let _ = writeln!(
             html,
             "<div class=\"tile\"><span class=\"label\">{label}</span><span class=\"figure\">{figure}</span>\
@@ -109,10 +124,14 @@ fn tiles(record: &CompareRecord) -> String {
 }
 
 fn findings(record: &CompareRecord) -> String {
-    if record.conclusions.is_empty() {
+    sentences(&record.conclusions)
+}
+
+fn sentences(said: &[String]) -> String {
+    if said.is_empty() {
         return String::new();
     }
-    let items: String = record.conclusions.iter().map(|said| format!("<li>{}</li>\n", escape(said))).collect();
+    let items: String = said.iter().map(|said| format!("<li>{}</li>\n", escape(said))).collect();
     section("What was found", "", &format!("<ul class=\"findings\">\n{items}</ul>\n"))
 }
 
@@ -224,22 +243,27 @@ fn setting(record: &CompareRecord) -> String {
     facts.push(("started", record.started.clone()));
     facts.push(("finished", record.finished.clone()));
     facts.push(("slidestream", record.version.clone()));
+    let html = known_facts(&facts, &record.libraries, &record.command) + &tables::variants(record);
+    section("Machine, versions and files", "", &html)
+}
+
+/// Facts by name, the native libraries and the command line.
+fn known_facts(
+    facts: &[(&str, String)],
+    libraries: &BTreeMap<String, LibraryRecord>,
+    command: &[String],
+) -> String {
     let mut list = String::new();
-    for (name, fact) in &facts {
+    for (name, fact) in facts {
         let _ = writeln!(list, "<dt>{name}</dt><dd>{}</dd>", escape(fact));
     }
-    for (name, library) in &record.libraries {
+    for (name, library) in libraries {
         let (name, version) = (escape(name), escape(&library.version));
         let (path, origin) = (escape(&library.path), escape(&library.origin));
         let _ = writeln!(list, "<dt>{name}</dt><dd>{version} <code>{path}</code>, {origin}</dd>");
     }
-    let command: Vec<String> = record.command.iter().map(|word| escape(&quoted(word))).collect();
-    let html = format!(
-        "<dl>\n{list}</dl>\n<h3>Command</h3>\n<pre><code>{}</code></pre>\n{}",
-        command.join(" "),
-        tables::variants(record)
-    );
-    section("Machine, versions and files", "", &html)
+    let command: Vec<String> = command.iter().map(|word| escape(&quoted(word))).collect();
+    format!("<dl>\n{list}</dl>\n<h3>Command</h3>\n<pre><code>{}</code></pre>\n", command.join(" "))
 }
 
 fn section(title: &str, lead: &str, content: &str) -> String {
@@ -287,7 +311,11 @@ mod tests {
     }
 
     fn assert_sound(record: &CompareRecord) -> String {
-        let html = compare_html(record);
+        assert_self_contained(compare_html(record))
+    }
+
+    /// Fails unless the page is well formed and asks for nothing from elsewhere.
+    pub(super) fn assert_self_contained(html: String) -> String {
         assert_nested(&html);
         for foreign in ["<script", "http:", "https:", "@import", "url(", "NaN", ">inf", ">-inf"] {
             assert!(!html.contains(foreign), "{foreign}");

@@ -11,7 +11,7 @@ use super::super::text::{
 use super::section;
 
 /// A cell: text, escaped when written.
-enum Cell {
+pub(super) enum Cell {
     Text(String),
     Wide(String),
     Number(String),
@@ -44,7 +44,7 @@ impl Cell {
 }
 
 /// Rows of cells under their heads, without the columns that are absent throughout.
-fn table(heads: &[String], rows: &[Vec<Cell>]) -> String {
+pub(super) fn table(heads: &[String], rows: &[Vec<Cell>]) -> String {
     let is_shown: Vec<bool> = (0..heads.len()).map(|column| !rows.iter().all(|row| row[column].is_absent())).collect();
     let mut html = String::from("<div class=\"scroll\"><table>\n<thead><tr>");
     for (column, head) in heads.iter().enumerate().filter(|(column, _)| is_shown[*column]) {
@@ -249,14 +249,14 @@ fn badge(record: &CompareRecord, index: usize) -> Cell {
     Cell::Badge(class, text)
 }
 
-fn with_interval(interval: Option<IntervalRecord>, format: impl Fn(f64) -> String) -> Cell {
+pub(super) fn with_interval(interval: Option<IntervalRecord>, format: impl Fn(f64) -> String) -> Cell {
     let Some(IntervalRecord { value, low, high }) = interval.filter(IntervalRecord::is_finite) else {
         return Cell::Number(ABSENT.to_owned());
     };
     Cell::Noted(format(value), format!("{} to {}", format(low), format(high)))
 }
 
-fn owned(heads: &[&str]) -> Vec<String> {
+pub(super) fn owned(heads: &[&str]) -> Vec<String> {
     heads.iter().map(|&head| head.to_owned()).collect()
 }
 
