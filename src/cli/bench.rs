@@ -21,7 +21,7 @@ use slidestream::report::compare::ResourcesRecord;
 use slidestream::report::{SimulateRecord, Simulation, bench_html, count, to_json};
 
 use super::options::BareModelOptions;
-use super::report::{read, other_machine};
+use super::report::{other_machine, read};
 use super::{Failure, Outcome, aligned, prepare, say, show, simulate};
 
 /// Exit code 4 if a rate fell below the baseline's
@@ -167,7 +167,7 @@ fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
     })?;
     let mut talk = args.common.talk();
     let card = match &args.vit {
-        Some(config) => ModelCard { name: config.to_string(), ..simulate::built(config, folder.path(), &mut talk)? },
+        Some(config) => ModelCard { name: vit::name_of(config), ..simulate::built(config, folder.path(), &mut talk)? },
         None => args.card(Path::new(""))?,
     };
     let mut ranks: Vec<usize> = args.ranks.iter().map(|rank| rank.get()).collect();
@@ -210,7 +210,7 @@ fn bench_vit(args: &VitArgs) -> Result<Outcome, Failure> {
     let (models, skipped) = models(args)?;
     let request = vit::VitRequest {
         models,
-        precisions: args.precision.iter().map(|precision| name_of(*precision).to_owned()).collect(),
+        precisions: args.precision.iter().map(|precision| word_of(*precision).to_owned()).collect(),
         batch_sizes: args.batch_sizes.clone(),
         replicas: args.common.replicas()?,
         skipped,
@@ -226,7 +226,7 @@ type Models = (Vec<(String, VitConfig)>, Vec<slidestream::report::compare::LeftO
 fn models(args: &VitArgs) -> Result<Models, Failure> {
     let parse = |text: &str| {
         let config: VitConfig = text.parse().map_err(ExperimentError::from)?;
-        Ok::<_, Failure>((text.to_owned(), config))
+        Ok::<_, Failure>((vit::name_of(&config), config))
     };
     if !args.vit.is_empty() {
         // A description has commas of its own.
@@ -250,10 +250,10 @@ fn models(args: &VitArgs) -> Result<Models, Failure> {
         let why: Vec<String> = skipped.into_iter().map(|left| left.why).collect();
         return Err(Failure::usage(format!("there is no such ViT: {}", why.join("; "))));
     }
-    Ok((configs.into_iter().map(|config| (config.to_string(), config)).collect(), skipped))
+    Ok((configs.into_iter().map(|config| (vit::name_of(&config), config)).collect(), skipped))
 }
 
-fn name_of(precision: Precision) -> &'static str {
+fn word_of(precision: Precision) -> &'static str {
     match precision {
         Precision::Fp32 => "fp32",
         Precision::Fp16 => "fp16",
@@ -290,11 +290,11 @@ impl Common {
         self.baseline.as_deref().map(read).transpose()
     }
 
-    /// How many devices, or sessions on a CPU, were asked for, if it is more than one.
+    /// How many devices, or sessions on a single one, were asked for, if it is more than one.
     fn replicas(&self) -> Result<Option<usize>, Failure> {
         let devices = device::resolve(&self.device, self.provider, None)?.devices;
-        let sessions = self.sessions.map_or(1, NonZeroUsize::get);
-        Ok(Some(devices.len().max(sessions)).filter(|replicas| *replicas > 1))
+        let replicas = if devices.len() > 1 { devices.len() } else { self.sessions.map_or(1, NonZeroUsize::get) };
+        Ok(Some(replicas).filter(|replicas| *replicas > 1))
     }
 
     /// What `simulate` finds out in a process of its own.
@@ -350,9 +350,11 @@ impl Common {
         let mut written = Vec::new();
         if let Some(out) = &self.out {
             let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
-            for (name, bytes) in
-                [("bench.csv", table), ("bench.html", bench_html(&record).into_bytes()), ("bench.json", to_json(&record))]
-            {
+            for (name, bytes) in [
+                ("bench.csv", table),
+                ("bench.html", bench_html(&record).into_bytes()),
+                ("bench.json", to_json(&record)),
+            ] {
                 write_atomic(&out.join(name), &bytes)?;
                 written.push(out.join(name));
             }
@@ -390,9 +392,9 @@ fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {
 
 fn cells(entry: &BenchEntry) -> [String; 9] {
     let rate = &entry.samples_per_sec;
-    let ratio = entry.ratio.map_or_else(String::new, |ratio| {
-        format!("{:.2}× [{:.2}, {:.2}]", ratio.value, ratio.low, ratio.high)
-    });
+    let ratio = entry
+        .ratio
+        .map_or_else(String::new, |ratio| format!("{:.2}× [{:.2}, {:.2}]", ratio.value, ratio.low, ratio.high));
     let unmerged = entry.lora.filter(|lora| !lora.is_merged);
     [
         entry.name.clone(),

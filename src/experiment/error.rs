@@ -108,7 +108,9 @@ pub enum ExperimentError {
     #[error(transparent)]
     Vit(#[from] VitError),
     /// Merging an adapter changed what the model computes.
-    #[error("rank {rank}: the merged model's outputs differ from the unmerged ones by {difference:.2e}, more than rounding explains ({bound:.2e})")]
+    #[error(
+        "rank {rank}: the merged model's outputs differ from the unmerged ones by {difference:.2e}, more than rounding explains ({bound:.2e})"
+    )]
     MergeDiffers {
         /// The adapter's rank.
         rank: usize,

@@ -171,6 +171,20 @@ mod tests {
     }
 
     #[test]
+    fn an_unpaired_ratio_is_of_medians_and_knows_the_noise_of_both() {
+        let bootstrap = Bootstrap::default();
+        let (steady, double) = ([10.0, 10.1, 9.9, 10.0, 10.0], [20.0, 20.2, 19.8, 20.0, 20.0, 20.0]);
+        let ratio = bootstrap.unpaired_ratio(&steady, &double).unwrap();
+        assert_eq!(ratio.value, 2.0);
+        // 19.8 / 10.1 and 20.2 / 9.9 are the most that can be drawn.
+        assert!(ratio.low >= 1.96 && ratio.low < 2.0 && ratio.high > 2.0 && ratio.high <= 2.041, "{ratio:?}");
+        let same = bootstrap.unpaired_ratio(&steady, &steady).unwrap();
+        assert!(same.value == 1.0 && same.low < 1.0 && same.high > 1.0, "drawn apart: {same:?}");
+        assert_eq!(bootstrap.unpaired_ratio(&[], &steady), None);
+        assert_eq!(bootstrap.unpaired_ratio(&steady, &[0.0]), None);
+    }
+
+    #[test]
     fn what_has_no_ratio_has_none() {
         let bootstrap = Bootstrap::default();
         assert_eq!(bootstrap.ratio(&[], &[]), None);

@@ -83,8 +83,12 @@ pub fn bench(
     }
     say("measuring speed, in turns");
     let (engines, race, counts) = timed(&subjects, request)?;
-    let rates: Vec<Vec<f64>> =
-        race.seconds.iter().zip(counts).map(|(seconds, count)| seconds.iter().map(|s| count as f64 / s).collect()).collect();
+    let rates: Vec<Vec<f64>> = race
+        .seconds
+        .iter()
+        .zip(counts)
+        .map(|(seconds, count)| seconds.iter().map(|s| count as f64 / s).collect())
+        .collect();
     let entry = |((subject, engine), of_rounds): ((Subject, &Engine), &Vec<f64>)| {
         subject.entry(engine, of_rounds, rates.first(), &card.name)
     };

@@ -53,7 +53,7 @@ pub struct VitRequest {
     pub precisions: Vec<String>,
     /// Batch sizes; empty for the device's own.
     pub batch_sizes: Vec<NonZeroUsize>,
-    /// Devices, or sessions on a CPU, if more than one was asked for.
+    /// Devices, or sessions on a single one, if more than one was asked for.
     pub replicas: Option<usize>,
     /// What can't be built, and why.
     pub skipped: Vec<LeftOutRecord>,
@@ -77,12 +77,23 @@ pub fn combinations(axes: &Axes) -> Result<(Vec<VitConfig>, Vec<LeftOutRecord>),
         match config.check() {
             Ok(()) => possible.push(config),
             Err(error @ (VitError::NotDivisible { .. } | VitError::Grid { .. })) => {
-                skipped.push(LeftOutRecord { name: config.to_string(), why: error.to_string() });
+                skipped.push(LeftOutRecord { name: name_of(&config), why: error.to_string() });
             }
             Err(error) => return Err(error),
         }
     }
     Ok((possible, skipped))
+}
+
+/// A short name that tells it from others: its preset's, or what differs from `vit_base_patch16_224`.
+#[must_use]
+pub fn name_of(config: &VitConfig) -> String {
+    if let Some((name, _)) = VitConfig::presets().find(|(_, preset)| preset == config) {
+        return name.to_owned();
+    }
+    let (own, usual) = (config.to_string(), VitConfig::default().to_string());
+    let differs = |(own, usual): &(&str, &str)| own != usual;
+    own.split(',').zip(usual.split(',')).filter(differs).map(|(own, _)| own).collect::<Vec<_>>().join(" ")
 }
 
 /// Replaces each by itself with every value in turn.
@@ -169,7 +180,8 @@ fn entry(case: &Case, found: &Simulation) -> Result<BenchEntry, String> {
     let rate = point.tiles_per_sec;
     // Of a CPU what its sessions tell of themselves.
     let infer = point.stages.iter().find(|stage| stage.name == "infer");
-    let sessions_busy = infer.map(|stage| stage.busy_secs / (stage.busy_secs + stage.starved_secs + stage.blocked_secs));
+    let sessions_busy =
+        infer.map(|stage| stage.busy_secs / (stage.busy_secs + stage.starved_secs + stage.blocked_secs));
     Ok(BenchEntry {
         // With its batch size also where that is the device's own choice.
         name: Case { batch_size: NonZeroUsize::new(point.batch_size), ..case.clone() }.to_string(),
@@ -226,7 +238,9 @@ mod tests {
         // 384 is no multiple of 14, with either pool.
         assert_eq!((possible.len(), skipped.len()), (6, 2));
         assert_eq!(skipped[0].why, "image=384 is no multiple of patch=14");
-        assert!(skipped[0].name.starts_with("image=384,patch=14,"));
+        assert_eq!(skipped[0].name, "image=384 patch=14");
+        assert_eq!(name_of(&possible[0]), "vit_base_patch16_224");
+        assert_eq!(name_of(&"vit_small_patch16_224,pool=avg".parse().unwrap()), "dim=384 heads=6 pool=avg");
         assert!(combinations(&Axes { depths: vec![12, 0], ..axes }).is_err(), "a depth that no ViT has is a mistake");
     }
 

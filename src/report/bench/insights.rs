@@ -15,7 +15,8 @@ pub fn insights(bench: &Bench) -> Vec<String> {
     let unsettled = bench.entries.iter().filter(|entry| !entry.is_stable).count();
     if unsettled > 0 {
         let of = bench.entries.len();
-        let told = format!("{unsettled} of {of} entries had not settled when time was up: small differences may be noise.");
+        let told =
+            format!("{unsettled} of {of} entries had not settled when time was up: small differences may be noise.");
         // The recommendation stays last.
         said.insert(said.len().saturating_sub(1), told);
     }
@@ -39,7 +40,8 @@ impl Rank<'_> {
 
 fn ranks(bench: &Bench) -> Vec<Rank<'_>> {
     let find = |rank: usize, is_merged: bool| {
-        let is_it = |entry: &&BenchEntry| entry.lora.is_some_and(|lora| (lora.rank, lora.is_merged) == (rank, is_merged));
+        let is_it =
+            |entry: &&BenchEntry| entry.lora.is_some_and(|lora| (lora.rank, lora.is_merged) == (rank, is_merged));
         bench.entries.iter().find(is_it)
     };
     let mut ranks: Vec<usize> = bench.entries.iter().filter_map(|entry| Some(entry.lora?.rank)).collect();
@@ -109,14 +111,18 @@ fn size_of(ranks: &[Rank<'_>], baseline: &BenchEntry) -> Option<String> {
     let lora = most.unmerged.lora?;
     let operations = most.unmerged.flops as f64 / baseline.flops as f64 - 1.0;
     let mut text = format!(
-        "Rank {} adds {} parameters, {} of the whole, and unmerged {} operations",
+        "Rank {} adds {} parameters, {} of the whole, and unmerged {} more operations",
         most.rank,
         count(lora.parameters),
         percent(lora.share_of_parameters),
         percent(operations)
     );
     if let (Some(unmerged), Some(baseline)) = (most.unmerged.peak_bytes(), baseline.peak_bytes()) {
-        text.push_str(&format!("; at the peak it took {} of memory, the baseline {}", bytes(unmerged), bytes(baseline)));
+        text.push_str(&format!(
+            "; at the peak it took {} of memory, the baseline {}",
+            bytes(unmerged),
+            bytes(baseline)
+        ));
     }
     Some(text + ".")
 }
@@ -126,13 +132,17 @@ fn merging_advice(ranks: &[Rank<'_>]) -> String {
     let faster: Vec<&(usize, IntervalRecord)> = gains.iter().filter(|(_, gain)| gain.low > 1.0).collect();
     let best = faster.iter().max_by(|(_, a), (_, b)| a.value.total_cmp(&b.value));
     match best {
-        None => "Recommendation: merging makes nothing measurably faster here; keep the adapter apart where it is to be \
+        None => {
+            "Recommendation: merging makes nothing measurably faster here; keep the adapter apart where it is to be \
                  exchanged."
-            .to_owned(),
+                .to_owned()
+        }
         Some((rank, gain)) => {
-            let whom = if faster.len() == gains.len() { "at every rank".to_owned() } else {
+            let whom = if faster.len() == gains.len() {
+                "at every rank".to_owned()
+            } else {
                 let ranks: Vec<String> = faster.iter().map(|(rank, _)| rank.to_string()).collect();
-                format!("of rank {}", ranks.join(", "))
+                format!("rank {}", ranks.join(", "))
             };
             format!(
                 "Recommendation: merge {whom} before deployment; rank {rank} then runs {} as fast as unmerged.",
@@ -211,14 +221,15 @@ fn precisions(entries: &[&BenchEntry]) -> Vec<String> {
 
 fn scaling(entry: &BenchEntry) -> Option<String> {
     let scaling = entry.scaling.as_ref()?;
-    let what = if entry.device.starts_with("cuda") { "devices" } else { "sessions" };
-    Some(format!(
-        "{}: {} {what} run at {} of one, an efficiency of {}.",
-        entry.name,
-        scaling.replicas,
-        ratio_in_words(&scaling.speedup),
-        percent(scaling.efficiency)
-    ))
+    let what = if entry.device.contains(',') { "devices" } else { "sessions" };
+    let (name, replicas, numbers) = (&entry.name, scaling.replicas, ratio_in_words(&scaling.speedup));
+    Some(match holds_one(&scaling.speedup) {
+        true => format!("{name}: {replicas} {what} make no measurable difference to one, {numbers}."),
+        false => {
+            let efficiency = percent(scaling.efficiency);
+            format!("{name}: {replicas} {what} run at {numbers} of one, an efficiency of {efficiency}.")
+        }
+    })
 }
 
 /// Times as fast as `base`, where both were measured one after the other.
@@ -258,7 +269,7 @@ mod tests {
                 "Unmerged rank 64 runs at 0.71× [0.69, 0.73] of the baseline: 71.0 samples/s instead of 100.",
                 "Merged, there is no measurable difference to the baseline: rank 4 1.00× [0.99, 1.01], rank 64 1.01× \
                  [0.99, 1.03].",
-                "Rank 64 adds 64,000 parameters, 6.0 % of the whole, and unmerged 6.4 % operations; at the peak it took \
+                "Rank 64 adds 64,000 parameters, 6.0 % of the whole, and unmerged 6.4 % more operations; at the peak it took \
                  200 MiB of memory, the baseline 200 MiB.",
                 "Merged and unmerged models gave the same outputs at every rank: they differ by 2.0 × 10⁻⁶ at most, \
                  where rounding explains up to 0.00030.",
@@ -283,7 +294,10 @@ mod tests {
         record.found.entries[4].is_stable = false;
         let said = insights(&record.found);
         assert_eq!(said[0], "Unmerged rank 4 makes no measurable difference: 0.99× [0.97, 1.01] of the baseline.");
-        assert!(said[3].starts_with("Merged, these differ from the baseline") && said[3].ends_with("rank 64 0.90× [0.88, 0.92]."));
+        assert!(
+            said[3].starts_with("Merged, these differ from the baseline")
+                && said[3].ends_with("rank 64 0.90× [0.88, 0.92].")
+        );
         assert!(said[said.len() - 2].starts_with("1 of 5 entries had not settled"));
         assert!(said.last().unwrap().starts_with("Recommendation: merging makes nothing measurably faster here"));
         record.found.entries.clear();
@@ -296,7 +310,7 @@ mod tests {
         let entry = &mut record.found.entries[1];
         (entry.rounds_samples_per_sec, entry.samples_per_sec) = rounds(100.0);
         let said = insights(&record.found);
-        assert!(said.last().unwrap().starts_with("Recommendation: merge of rank 64 before"), "{said:?}");
+        assert!(said.last().unwrap().starts_with("Recommendation: merge rank 64 before"), "{said:?}");
     }
 
     #[test]
@@ -307,10 +321,19 @@ mod tests {
             Some(ScalingRecord { replicas: 2, rounds_of_one: vec![1.0], speedup, efficiency: 0.9 });
         let said = insights(&record.found);
         assert!(said[0].starts_with("small, fp16, batch 8 is the fastest: 200 samples/s [198, 202]."), "{said:#?}");
-        assert!(said[1].starts_with("small: fp16 runs at 1.99× [") && said[1].ends_with("of fp32, each at its best batch size."));
+        assert!(
+            said[1].starts_with("small: fp16 runs at 1.99× [")
+                && said[1].ends_with("of fp32, each at its best batch size.")
+        );
         assert!(said[2].starts_with("base: fp16 runs at 1.94× ["));
-        assert_eq!(said[3], "base, fp16, batch 8: 2 sessions run at 1.80× [1.75, 1.85] of one, an efficiency of 90.0 %.");
+        assert_eq!(
+            said[3],
+            "base, fp16, batch 8: 2 sessions run at 1.80× [1.75, 1.85] of one, an efficiency of 90.0 %."
+        );
         assert!(said[4].starts_with("base, fp16, batch 8 puts most parameters to work per second: 86,000,000 at 60.0"));
+        record.found.entries[7].scaling.as_mut().unwrap().speedup.low = 0.9;
+        let unsure = "base, fp16, batch 8: 2 sessions make no measurable difference to one, 1.80× [0.90, 1.85].";
+        assert_eq!(insights(&record.found)[3], unsure);
         let last = said.last().unwrap();
         assert!(last.contains("small fp16 in batches of 8 (200/s); base fp16 in batches of 8 (60.0/s)"), "{last}");
     }
@@ -321,6 +344,9 @@ mod tests {
         record.found.entries.truncate(2);
         let said = insights(&record.found);
         // 100 and 100.5 within noise of 1 %.
-        assert!(said.last().unwrap().starts_with("Recommendation: run small fp32 in batches of 1 (100/s):"), "{said:?}");
+        assert!(
+            said.last().unwrap().starts_with("Recommendation: run small fp32 in batches of 1 (100/s):"),
+            "{said:?}"
+        );
     }
 }

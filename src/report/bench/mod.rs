@@ -134,7 +134,7 @@ pub struct LoraRecord {
 /// What more devices or sessions bring.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ScalingRecord {
-    /// Devices, or sessions on a CPU.
+    /// Devices, or sessions on a single one.
     pub replicas: usize,
     /// Samples per second of each round on one.
     pub rounds_of_one: Vec<f64>,

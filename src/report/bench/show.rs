@@ -26,7 +26,13 @@ fn run(record: &Value) -> String {
     let slides = record.get("slides").and_then(Value::as_object);
     let counts = slides.into_iter().flatten().filter(|(_, count)| **count != 0);
     let counts: Vec<String> = counts.map(|(status, count)| format!("{count} {status}")).collect();
-    format!("{}, {} on {}; slides: {}", text(record, "/status"), model(record), text(record, "/execution/device"), counts.join(", "))
+    format!(
+        "{}, {} on {}; slides: {}",
+        text(record, "/status"),
+        model(record),
+        text(record, "/execution/device"),
+        counts.join(", ")
+    )
 }
 
 fn slide(record: &Value) -> String {

@@ -99,7 +99,8 @@ pub(in super::super) fn rate_against(
         return None;
     }
     let mut svg = Svg::new(width);
-    let title = |title: &str, scale: &Scale| if scale.is_log { format!("{title} (logarithmic)") } else { title.to_owned() };
+    let title =
+        |title: &str, scale: &Scale| if scale.is_log { format!("{title} (logarithmic)") } else { title.to_owned() };
     let (top, bottom, right) = (28.0, 28.0 + PLOT_HEIGHT, width - 14.0);
     let inside = [bottom - RADIUS - 4.0, top + RADIUS + 4.0];
     let y = Scale::fitting(points.iter().map(|point| point.3), false, inside);

@@ -52,13 +52,18 @@ fn best(record: &BenchRecord) -> Vec<(&'static str, String, String)> {
                 entries.iter().filter(move |entry| entry.lora.is_some_and(|lora| lora.is_merged == is_merged))
             };
             shown.extend(entries.first().map(|entry| ("baseline, samples/s", rate(entry), entry.model.clone())));
-            shown.extend(of_way(false).min_by(by_rate).map(|slow| ("slowest unmerged", ratio(slow), slow.name.clone())));
-            shown.extend(of_way(true).min_by(by_rate).map(|slow| ("slowest merged", ratio(slow), slow.name.clone())));
+            let value = |entry: &BenchEntry| entry.ratio.map_or(f64::INFINITY, |ratio| ratio.value);
+            for (label, is_merged) in [("slowest unmerged", false), ("slowest merged", true)] {
+                let slowest = of_way(is_merged).min_by(|a, b| value(a).total_cmp(&value(b)));
+                shown.extend(slowest.map(|slowest| (label, ratio(slowest), slowest.name.clone())));
+            }
             let largest = of_way(true).filter_map(|entry| Some(entry.lora?.max_abs_difference)).reduce(f64::max);
             shown.extend(largest.map(|most| ("merged − unmerged", significant(most), "max |Δ| of outputs".to_owned())));
         }
         BenchKind::Vit => {
-            shown.extend(entries.iter().max_by(by_rate).map(|best| ("fastest, samples/s", rate(best), best.name.clone())));
+            shown.extend(
+                entries.iter().max_by(by_rate).map(|best| ("fastest, samples/s", rate(best), best.name.clone())),
+            );
             shown.extend(
                 entries.iter().min_by(by_rate).map(|least| ("slowest, samples/s", rate(least), least.name.clone())),
             );
@@ -110,7 +115,12 @@ fn numbers(record: &BenchRecord) -> String {
             Cell::Number(or_absent(entry.utilisation, percent)),
             scaling.map_or_else(
                 || Cell::Number(ABSENT.to_owned()),
-                |scaling| Cell::Noted(times(scaling.speedup.value), format!("{} of {}", percent(scaling.efficiency), scaling.replicas)),
+                |scaling| {
+                    Cell::Noted(
+                        times(scaling.speedup.value),
+                        format!("{} of {}", percent(scaling.efficiency), scaling.replicas),
+                    )
+                },
             ),
             Cell::Number(absent(entry.lora.map(|lora| significant(lora.max_abs_difference)))),
         ]
@@ -160,7 +170,8 @@ fn skipped(record: &BenchRecord) -> String {
     if record.found.skipped.is_empty() {
         return String::new();
     }
-    let row = |left: &super::super::compare::LeftOutRecord| vec![Cell::Wide(left.name.clone()), Cell::Wide(left.why.clone())];
+    let row =
+        |left: &super::super::compare::LeftOutRecord| vec![Cell::Wide(left.name.clone()), Cell::Wide(left.why.clone())];
     let rows: Vec<Vec<Cell>> = record.found.skipped.iter().map(row).collect();
     section("Left out", "", &table(&owned(&["what", "why"]), &rows))
 }
@@ -210,7 +221,9 @@ mod tests {
 
     #[test]
     fn a_page_holds_everything_and_needs_nothing() {
-        for (mut record, only, not) in [(lora(), "Impact of the rank", "Left out"), (vit(), "Left out", "Impact of the rank")] {
+        for (mut record, only, not) in
+            [(lora(), "Impact of the rank", "Left out"), (vit(), "Left out", "Impact of the rank")]
+        {
             record.insights = insights(&record.found);
             let html = assert_self_contained(bench_html(&record));
             let sections = ["Overview", "Parameter efficiency", "Trade-off", "MiB of memory at the peak", only];

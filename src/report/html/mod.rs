@@ -8,9 +8,9 @@ use std::fmt::Write;
 
 pub use bench::bench_html;
 
+use super::LibraryRecord;
 use super::chart;
 use super::compare::{CompareRecord, Verdict, fastest};
-use super::LibraryRecord;
 use super::text::{bytes, count, duration, escape, exact, near_one, significant, times};
 
 const STYLE: &str = include_str!("style.css");
@@ -248,11 +248,7 @@ fn setting(record: &CompareRecord) -> String {
 }
 
 /// Facts by name, the native libraries and the command line.
-fn known_facts(
-    facts: &[(&str, String)],
-    libraries: &BTreeMap<String, LibraryRecord>,
-    command: &[String],
-) -> String {
+fn known_facts(facts: &[(&str, String)], libraries: &BTreeMap<String, LibraryRecord>, command: &[String]) -> String {
     let mut list = String::new();
     for (name, fact) in facts {
         let _ = writeln!(list, "<dt>{name}</dt><dd>{}</dd>", escape(fact));
