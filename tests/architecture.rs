@@ -55,7 +55,7 @@ const CONFINED: &[(&str, &[&str])] = &[
 ];
 
 /// Files that are compiled for tests alone, which may use what they like.
-const FOR_TESTS: &[&str] = &["onnx/passes/fixtures.rs", "report/compare/example.rs"];
+const FOR_TESTS: &[&str] = &["onnx/passes/fixtures.rs", "report/bench/example.rs", "report/compare/example.rs"];
 
 fn sources(of: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();

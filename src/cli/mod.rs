@@ -2,6 +2,7 @@
 //!
 //! stdout is for results, stderr for talk. Only this module knows flags, colours and exit codes.
 
+mod bench;
 mod compare;
 mod doctor;
 mod evaluate;
@@ -11,6 +12,7 @@ mod options;
 mod predict;
 mod prepare;
 mod progress;
+mod report;
 mod run;
 mod simulate;
 mod tiles;
@@ -57,6 +59,10 @@ enum Command {
     Evaluate(Box<evaluate::Args>),
     /// Predict images that are no slides: a class for each, or a mask
     Predict(Box<predict::Args>),
+    /// Measure models of one kind side by side: vision transformers of many sizes, or LoRA by rank
+    Bench(bench::Args),
+    /// Show what result files say, or what changed between two
+    Report(report::Args),
     /// Check that this machine has what it takes
     Doctor(doctor::Args),
 }
@@ -69,7 +75,7 @@ enum Outcome {
     Failed,
     /// Some slides, tiles or images failed.
     Partly,
-    /// All was done, and something was not as it must be.
+    /// All was done, and something was not as it must be: a gate, or a regression.
     GateFailed,
     Interrupted,
 }
@@ -148,6 +154,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Simulate(args) => simulate::execute(&args),
         Command::Evaluate(args) => evaluate::execute(&args),
         Command::Predict(args) => predict::execute(&args),
+        Command::Bench(args) => bench::execute(&args),
+        Command::Report(args) => report::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
     };
     match outcome {

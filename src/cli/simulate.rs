@@ -229,11 +229,16 @@ impl SlideOptions {
     }
 }
 
-/// The card of a ViT that is built into `folder`.
-fn built(config: &VitConfig, folder: &Path, say: &mut dyn FnMut(&str)) -> Result<ModelCard, Failure> {
+/// The card of a ViT whose model is built into `folder`.
+pub(super) fn built(config: &VitConfig, folder: &Path, say: &mut dyn FnMut(&str)) -> Result<ModelCard, Failure> {
     say("building the model");
     let file = folder.join("vit.onnx");
     vit::build(config, SEED).map_err(ExperimentError::from)?.save_with_weights(&file)?;
+    card_of(config, &file)
+}
+
+/// The card of a model file that has the inputs and outputs of a ViT.
+pub(super) fn card_of(config: &VitConfig, file: &Path) -> Result<ModelCard, Failure> {
     let has_head = config.classes > 0;
     let bare = BareModel {
         task: Some(if has_head { Task::Classification } else { Task::Features }),
@@ -246,7 +251,7 @@ fn built(config: &VitConfig, folder: &Path, say: &mut dyn FnMut(&str)) -> Result
         pool: None::<Pool>,
         ..BareModel::default()
     };
-    Ok(ModelCard::load(&file, &bare)?)
+    Ok(ModelCard::load(file, &bare)?)
 }
 
 /// The card with the variant that `optimize` makes of a model at a precision, and the variant's name.

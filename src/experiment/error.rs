@@ -120,6 +120,24 @@ pub enum ExperimentError {
     /// A vision transformer that can't be built.
     #[error(transparent)]
     Vit(#[from] VitError),
+    /// Merging an adapter changed what the model computes.
+    #[error(
+        "rank {rank}: the merged model's outputs differ from the unmerged ones by {difference:.2e}, more than rounding explains ({bound:.2e})"
+    )]
+    MergeDiffers {
+        /// The adapter's rank.
+        rank: usize,
+        /// The largest difference of two outputs; infinite if one is no number.
+        difference: f64,
+        /// What rounding explains.
+        bound: f64,
+    },
+    /// Nothing of what was asked for could be measured.
+    #[error("nothing could be measured: {}", why.join("; "))]
+    NothingMeasured {
+        /// The reason for each thing.
+        why: Vec<String>,
+    },
     /// A file or folder can't be read or written.
     #[error("{}: can't be {doing}", path.display())]
     File {

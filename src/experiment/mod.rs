@@ -2,6 +2,7 @@
 //! against labels, and predicting images that are no slides.
 
 pub mod agreement;
+pub mod bench;
 pub mod compare;
 mod error;
 pub mod evaluate;

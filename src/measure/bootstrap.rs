@@ -99,6 +99,28 @@ impl Bootstrap {
         })
     }
 
+    /// How many times the median of `other` is that of `base`, for figures that were taken apart, as in two runs: both are
+    /// drawn on their own. What changed for a whole run is in the ratio, not in the interval. `None` if one is empty or
+    /// figures are not above 0.
+    #[must_use]
+    pub fn unpaired_ratio(&self, base: &[f64], other: &[f64]) -> Option<Interval> {
+        let is_rate = |value: &f64| value.is_finite() && *value > 0.0;
+        if base.is_empty() || other.is_empty() || !base.iter().chain(other).all(is_rate) {
+            return None;
+        }
+        let median = |values: &mut Vec<f64>| {
+            values.sort_by(f64::total_cmp);
+            percentile(values, 50.0)
+        };
+        let value = median(&mut other.to_vec()) / median(&mut base.to_vec());
+        let mut random = SplitMix64(self.seed);
+        let mut draw = |from: &[f64]| median(&mut from.iter().map(|_| from[random.below(from.len())]).collect());
+        let mut ratios: Vec<f64> = (0..self.resamples).map(|_| draw(other) / draw(base)).collect();
+        ratios.sort_by(f64::total_cmp);
+        let tail = 50.0 * (1.0 - self.confidence);
+        Some(Interval { value, low: percentile(&ratios, tail), high: percentile(&ratios, 100.0 - tail) })
+    }
+
     /// The paired difference `other − base` of a metric over the same items: both are computed on every draw, so that
     /// what is hard for both cancels.
     #[must_use]
@@ -168,6 +190,20 @@ mod tests {
         let noisy: Vec<f64> = base.iter().enumerate().map(|(i, t)| t * (1.0 + 0.1 * (i % 3) as f64)).collect();
         let ratio = Bootstrap::default().ratio(&noisy, &drift).unwrap();
         assert!(ratio.low < 3.3 && ratio.contains(3.3) && ratio.contains(ratio.value) && ratio.high <= 3.6 + 1e-12);
+    }
+
+    #[test]
+    fn an_unpaired_ratio_is_of_medians_and_knows_the_noise_of_both() {
+        let bootstrap = Bootstrap::default();
+        let (steady, double) = ([10.0, 10.1, 9.9, 10.0, 10.0], [20.0, 20.2, 19.8, 20.0, 20.0, 20.0]);
+        let ratio = bootstrap.unpaired_ratio(&steady, &double).unwrap();
+        assert_eq!(ratio.value, 2.0);
+        // 19.8 / 10.1 and 20.2 / 9.9 are the most that can be drawn.
+        assert!(ratio.low >= 1.96 && ratio.low < 2.0 && ratio.high > 2.0 && ratio.high <= 2.041, "{ratio:?}");
+        let same = bootstrap.unpaired_ratio(&steady, &steady).unwrap();
+        assert!(same.value == 1.0 && same.low < 1.0 && same.high > 1.0, "drawn apart: {same:?}");
+        assert_eq!(bootstrap.unpaired_ratio(&[], &steady), None);
+        assert_eq!(bootstrap.unpaired_ratio(&steady, &[0.0]), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Only this module and what serves HTTP know JSON; domain types are converted at the edge. Fields are only ever added
 //! within a schema version.
 
+pub mod bench;
 mod chart;
 pub mod compare;
 mod evaluate;
@@ -32,7 +33,7 @@ pub use self::simulate::{
     EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
 };
 pub use self::text::{count, duration};
-pub use html::{compare_html, evaluate_html};
+pub use html::{bench_html, compare_html, evaluate_html};
 
 /// Schema of [`RunRecord`].
 pub const RUN_SCHEMA: &str = "slidestream/run/1";
@@ -120,6 +121,16 @@ pub struct HardwareRecord {
     pub memory_bytes: u64,
     /// Names of the GPUs.
     pub gpus: Vec<String>,
+}
+
+impl HardwareRecord {
+    /// The processor with its cores, and the GPUs.
+    #[must_use]
+    pub fn in_words(&self) -> String {
+        let mut words = format!("{}, {} logical cores", self.cpu, self.cores);
+        self.gpus.iter().for_each(|gpu| words.extend([", ", gpu]));
+        words
+    }
 }
 
 /// The model of a run.

@@ -3,7 +3,7 @@
 //!
 //! `size` says how large the model is and what a tile costs, `slide` how long a slide takes.
 
-mod size;
+pub(super) mod size;
 mod slide;
 
 use std::num::NonZeroUsize;
@@ -24,14 +24,14 @@ use crate::report::compare::{IntervalRecord, SummaryRecord};
 use crate::report::{PointRecord, Simulation};
 
 /// Tiles that take turns, so that no run meets the same one twice in a row.
-const TILES: usize = 32;
-const SEED: u64 = 1;
+pub(super) const TILES: usize = 32;
+pub(super) const SEED: u64 = 1;
 /// A round should be long against the clock and the filling of the channels.
 const ROUND_SECS: f64 = 0.5;
 /// Rounds that are measured at least: as many as an interval of the median needs.
 const LEAST_ROUNDS: usize = 6;
 /// Rounds end when the median is known within this share of it.
-const TOLERANCE: f64 = 0.02;
+pub(super) const TOLERANCE: f64 = 0.02;
 
 /// What is to be simulated.
 #[derive(Clone, Debug)]
@@ -207,7 +207,7 @@ impl Measured {
 }
 
 /// What a run without further settings does; its outputs are not written here.
-fn config(card: &ModelCard) -> RunConfig {
+pub(super) fn config(card: &ModelCard) -> RunConfig {
     RunConfig {
         tiling: TilingConfig::of(card),
         threshold: 0.5,

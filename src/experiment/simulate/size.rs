@@ -18,7 +18,7 @@ const MEMORY_FACTOR: f64 = 3.0;
 const TIGHT: f64 = 0.8;
 
 /// What a variant is by its graph, and the floats that most of its weights are; `None` for integers.
-pub(super) fn size(
+pub(in crate::experiment) fn size(
     card: &ModelCard,
     variant: &Variant,
     vit: Option<&VitConfig>,

@@ -1,15 +1,17 @@
-//! Charts of a comparison as inline SVG: scales, axes and text that keeps to its place.
+//! Charts of comparisons and benchmarks as inline SVG: scales, axes and text that keeps to its place.
 //!
 //! Every chart is drawn for a given width in pixels and grows in height with what it shows. Colours and fonts are the
 //! page's: elements carry classes only.
 
 mod bars;
+mod bench;
 mod scatter;
 mod strips;
 
 use std::fmt::Write;
 
 pub(super) use bars::rates;
+pub(super) use bench::{Against, entries, rank_impact, rate_against};
 pub(super) use scatter::speed_against_agreement;
 pub(super) use strips::latencies;
 

@@ -4,8 +4,8 @@ use super::super::compare::{AgreementRecord, CompareRecord, Verdict, verdict};
 use super::super::text::{near_one, tick, times};
 use super::{Scale, Svg, TEXT, shortened, text_width};
 
-const RADIUS: f64 = 9.0;
-const PLOT_HEIGHT: f64 = 260.0;
+pub(super) const RADIUS: f64 = 9.0;
+pub(super) const PLOT_HEIGHT: f64 = 260.0;
 
 /// More nines than these are all the same to the eye, and within rounding of f32.
 const MOST_NINES: f64 = 7.0;
@@ -60,25 +60,17 @@ pub(in super::super) fn speed_against_agreement(record: &CompareRecord, width: f
     svg.x_axis(&scale, [top, bottom], title, |value| format!("{}×", tick(value)));
     svg.line([scale.at(1.0), top], [scale.at(1.0), bottom], "base");
 
-    let places = settled(&points, |point| [scale.at(point.speedup), y_scale(point.nines)], [left, top, right, bottom]);
-    let mut taken: Vec<[f64; 4]> =
-        places.iter().map(|[x, y]| [x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS]).collect();
-    for (point, [x, y]) in points.iter().zip(&places) {
-        let true_place = [scale.at(point.speedup), y_scale(point.nines)];
-        svg.open(&point.title);
-        if (true_place[0] - x).hypot(true_place[1] - y) > 1.0 {
-            svg.line(true_place, [*x, *y], "leader");
-            svg.circle(true_place, 1.5, "dot-true");
-        }
-        svg.circle([*x, *y], RADIUS, if point.is_good { "mark good" } else { "mark bad" });
-        svg.text([*x, y + 4.0], "middle", if point.is_good { "on-mark" } else { "on-hollow" }, &point.step.to_string());
-        let name = shortened(&point.name, (width * 0.3).min(160.0));
-        if let Some((anchor, at, area)) = free_place(&name, [*x, *y], [left, top, right, bottom], &taken) {
-            taken.push(area);
-            svg.text(at, anchor, "mark-name", &name);
-        }
-        svg.close();
-    }
+    let marks: Vec<Mark> = points
+        .into_iter()
+        .map(|Point { step, name, title, speedup, nines, is_good }| Mark {
+            number: step,
+            name,
+            title,
+            at: [scale.at(speedup), y_scale(nines)],
+            is_good,
+        })
+        .collect();
+    draw(&mut svg, &marks, [left, top, right, bottom]);
     Some(svg.finish(
         bottom + 44.0,
         class,
@@ -118,15 +110,49 @@ fn nines_label(nines: f64) -> String {
     }
 }
 
+/// A numbered mark of something that has a name.
+pub(super) struct Mark {
+    pub(super) number: usize,
+    pub(super) name: String,
+    /// What is said when it is pointed at.
+    pub(super) title: String,
+    /// Pixels.
+    pub(super) at: [f64; 2],
+    pub(super) is_good: bool,
+}
+
+/// Draws marks inside a frame, none over another, and names where there is room.
+pub(super) fn draw(svg: &mut Svg, marks: &[Mark], frame: [f64; 4]) {
+    let places = settled(marks, frame);
+    let mut taken: Vec<[f64; 4]> =
+        places.iter().map(|[x, y]| [x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS]).collect();
+    for (mark, [x, y]) in marks.iter().zip(&places) {
+        svg.open(&mark.title);
+        if (mark.at[0] - x).hypot(mark.at[1] - y) > 1.0 {
+            svg.line(mark.at, [*x, *y], "leader");
+            svg.circle(mark.at, 1.5, "dot-true");
+        }
+        svg.circle([*x, *y], RADIUS, if mark.is_good { "mark good" } else { "mark bad" });
+        let class = if mark.is_good { "on-mark" } else { "on-hollow" };
+        svg.text([*x, y + 4.0], "middle", class, &mark.number.to_string());
+        let name = shortened(&mark.name, (svg.width * 0.3).min(160.0));
+        if let Some((anchor, at, area)) = free_place(&name, [*x, *y], frame, &taken) {
+            taken.push(area);
+            svg.text(at, anchor, "mark-name", &name);
+        }
+        svg.close();
+    }
+}
+
 /// Where the marks are drawn: at their place, or as near to it inside the frame as leaves those before them free.
-fn settled(points: &[Point], place: impl Fn(&Point) -> [f64; 2], frame: [f64; 4]) -> Vec<[f64; 2]> {
+fn settled(marks: &[Mark], frame: [f64; 4]) -> Vec<[f64; 2]> {
     let [left, top, right, bottom] = frame;
     let mut moves: Vec<[f64; 2]> =
         (-30..=30).flat_map(|x| (-3..=3).map(move |y| [5.0 * f64::from(x), 20.0 * f64::from(y)])).collect();
     moves.sort_by(|a, b| a[0].hypot(a[1]).total_cmp(&b[0].hypot(b[1])));
     let mut settled: Vec<[f64; 2]> = Vec::new();
-    for point in points {
-        let [x, y] = place(point);
+    for mark in marks {
+        let [x, y] = mark.at;
         let is_free = |[x, y]: &[f64; 2]| {
             let is_inside = left + RADIUS <= *x && *x + RADIUS <= right && top + RADIUS <= *y && *y + RADIUS <= bottom;
             is_inside && settled.iter().all(|other| (other[0] - x).hypot(other[1] - y) > 2.0 * RADIUS + 1.0)

@@ -1,5 +1,6 @@
 //! Reports as one page each, here that of a comparison: everything inline, no script, light and dark, for screens of any width and for paper.
 
+mod bench;
 mod evaluate;
 mod tables;
 
@@ -11,6 +12,7 @@ use super::compare::{CompareRecord, Verdict, fastest};
 use super::text::{bytes, count, duration, escape, exact, near_one, significant, times};
 use super::{HardwareRecord, LibraryRecord};
 
+pub use self::bench::bench_html;
 pub use self::evaluate::evaluate_html;
 
 const STYLE: &str = include_str!("style.css");
@@ -124,10 +126,14 @@ fn figures(shown: &[(&str, String, String)]) -> String {
 }
 
 fn findings(record: &CompareRecord) -> String {
-    if record.conclusions.is_empty() {
+    sentences(&record.conclusions)
+}
+
+fn sentences(said: &[String]) -> String {
+    if said.is_empty() {
         return String::new();
     }
-    let items: String = record.conclusions.iter().map(|said| format!("<li>{}</li>\n", escape(said))).collect();
+    let items: String = said.iter().map(|said| format!("<li>{}</li>\n", escape(said))).collect();
     section("What was found", "", &format!("<ul class=\"findings\">\n{items}</ul>\n"))
 }
 
@@ -326,7 +332,11 @@ mod tests {
     }
 
     fn assert_sound(record: &CompareRecord) -> String {
-        let html = compare_html(record);
+        assert_self_contained(compare_html(record))
+    }
+
+    /// Fails unless the page is well formed and asks for nothing from elsewhere.
+    pub(super) fn assert_self_contained(html: String) -> String {
         assert_nested(&html);
         for foreign in ["<script", "http:", "https:", "@import", "url(", "NaN", ">inf", ">-inf"] {
             assert!(!html.contains(foreign), "{foreign}");

@@ -249,7 +249,7 @@ fn badge(record: &CompareRecord, index: usize) -> Cell {
     Cell::Badge(class, text)
 }
 
-fn with_interval(interval: Option<IntervalRecord>, format: impl Fn(f64) -> String) -> Cell {
+pub(super) fn with_interval(interval: Option<IntervalRecord>, format: impl Fn(f64) -> String) -> Cell {
     let Some(IntervalRecord { value, low, high }) = interval.filter(IntervalRecord::is_finite) else {
         return Cell::Number(ABSENT.to_owned());
     };

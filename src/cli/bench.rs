@@ -1,0 +1,409 @@
+//! `slidestream bench`: vision transformers of many sizes, or what LoRA costs by rank.
+
+use std::fmt::Write as _;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use slidestream::engine::{LoadRequest, cohort};
+use slidestream::experiment::ExperimentError;
+use slidestream::experiment::bench::{lora, vit};
+use slidestream::experiment::optimize::Precision;
+use slidestream::inference::{Device, DeviceRequest, ModelCard, ProviderRequest, device};
+use slidestream::native;
+use slidestream::onnx::vit::{Pool, VitConfig};
+use slidestream::output::write_atomic;
+use slidestream::report::bench::{
+    BENCH_SCHEMA, Bench, BenchEntry, BenchRecord, Rated, changes, insights, regressions, to_csv,
+};
+use slidestream::report::compare::ResourcesRecord;
+use slidestream::report::{SimulateRecord, Simulation, bench_html, count, to_json};
+
+use super::options::BareModelOptions;
+use super::report::{other_machine, read};
+use super::{Failure, Outcome, prepare, say, show, simulate, table};
+
+/// Exit code 4 if a rate fell below the baseline's
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum What {
+    /// A model alone, with LoRA beside its weights and with LoRA merged, by rank, in turns
+    Lora(Box<LoraArgs>),
+    /// Vision transformers of many sizes: every combination of the lists
+    Vit(Box<VitArgs>),
+}
+
+#[derive(clap::Args, Debug)]
+struct LoraArgs {
+    /// A model folder, a card, or an .onnx file
+    #[arg(long, short, value_name = "DIR|CARD|MODEL.onnx", required_unless_present = "vit", conflicts_with = "vit")]
+    model: Option<PathBuf>,
+    /// A vision transformer of random weights: a name such as vit_base_patch16_224, or image=224,patch=14,dim=768,…
+    #[arg(long, value_name = "NAME|KEY=VALUE,…")]
+    vit: Option<VitConfig>,
+    /// Variant of the card
+    #[arg(long, value_name = "NAME", requires = "model")]
+    variant: Option<String>,
+    /// Ranks of the adapters
+    #[arg(long, value_name = "R,…", value_delimiter = ',', default_value = "4,8,16,32,64")]
+    ranks: Vec<NonZeroUsize>,
+    /// Updates are scaled by this over the rank
+    #[arg(long, value_name = "X", default_value = "16")]
+    alpha: f32,
+    /// Linear layers that have an adapter, by the end of their names
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "qkv,proj")]
+    targets: Vec<String>,
+    /// Tiles per batch [default: by the device]
+    #[arg(long, value_name = "N")]
+    batch_size: Option<NonZeroUsize>,
+    /// Tell what a file takes of memory; the program calls itself so
+    #[arg(long, hide = true)]
+    alone: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    bare: BareModelOptions,
+}
+
+#[derive(clap::Args, Debug)]
+struct VitArgs {
+    /// Names such as vit_tiny_patch16_224,vit_base_patch16_224, or one description; instead of the lists of sizes
+    #[arg(long, value_name = "NAME,…|KEY=VALUE,…", conflicts_with_all = ["image", "patch", "dim", "depth", "heads", "mlp", "pool"])]
+    vit: Vec<String>,
+    /// Widths of the image
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "224", help_heading = "Sizes")]
+    image: Vec<usize>,
+    /// Widths of a patch
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "16", help_heading = "Sizes")]
+    patch: Vec<usize>,
+    /// Channels of a token
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "768", help_heading = "Sizes")]
+    dim: Vec<usize>,
+    /// Blocks
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "12", help_heading = "Sizes")]
+    depth: Vec<usize>,
+    /// Attention heads
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "12", help_heading = "Sizes")]
+    heads: Vec<usize>,
+    /// Channels inside the MLP by those of a token
+    #[arg(long, value_name = "X,…", value_delimiter = ',', default_value = "4", help_heading = "Sizes")]
+    mlp: Vec<f64>,
+    /// What becomes of the tokens: cls, avg
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "cls", help_heading = "Sizes")]
+    pool: Vec<Pool>,
+    /// fp32, fp16, int8, each as `optimize` makes it [default: as it is built]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    precision: Vec<Precision>,
+    /// Tiles per batch of each session [default: by the device]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    batch_sizes: Vec<NonZeroUsize>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What both have.
+#[derive(clap::Args, Debug)]
+struct Common {
+    /// auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceRequest,
+    /// auto, cpu, openvino, cuda or tensorrt
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    provider: ProviderRequest,
+    /// Sessions over all devices
+    #[arg(long, value_name = "N")]
+    sessions: Option<NonZeroUsize>,
+    /// Most seconds to measure, of `vit` each entry, once there were the fewest rounds
+    #[arg(long, value_name = "N", default_value = "60")]
+    seconds: u64,
+    /// Where bench.json, bench.csv and bench.html go [default: nowhere]
+    #[arg(long, short, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// An earlier bench.json of the same entries that none may be slower than
+    #[arg(long, value_name = "FILE", help_heading = "Gate")]
+    baseline: Option<PathBuf>,
+    /// Share of a rate that may be lost
+    #[arg(long, value_name = "F", default_value = "0.05", requires = "baseline", help_heading = "Gate")]
+    max_regression: f64,
+    /// Print the record as JSON instead of the summary
+    #[arg(long)]
+    json: bool,
+    /// Say nothing but errors and results
+    #[arg(long)]
+    quiet: bool,
+}
+
+pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
+    native::onnx_runtime()?;
+    match &args.what {
+        What::Lora(args) => bench_lora(args),
+        What::Vit(args) => bench_vit(args),
+    }
+}
+
+fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
+    let mut load = args.common.load(args.batch_size);
+    load.variant.clone_from(&args.variant);
+    if let Some(file) = &args.alone {
+        let card = args.card(file)?;
+        show(&String::from_utf8_lossy(&to_json(&lora::alone(&card, file, &load)?)));
+        return Ok(Outcome::Done);
+    }
+    let gate = args.common.gate()?;
+    if !args.alpha.is_finite() || args.alpha <= 0.0 {
+        return Err(Failure::usage(format!("--alpha {}: must be above 0", args.alpha)));
+    }
+    let started = cohort::now();
+    let folder = tempfile::tempdir().map_err(|source| ExperimentError::File {
+        path: std::env::temp_dir(),
+        doing: "written",
+        source,
+    })?;
+    let mut talk = args.common.talk();
+    let card = match &args.vit {
+        Some(config) => ModelCard { name: vit::name_of(config), ..simulate::built(config, folder.path(), &mut talk)? },
+        None => args.card(Path::new(""))?,
+    };
+    let mut ranks: Vec<usize> = args.ranks.iter().map(|rank| rank.get()).collect();
+    ranks.sort_unstable();
+    ranks.dedup();
+    let request = lora::LoraRequest {
+        load,
+        ranks,
+        alpha: args.alpha,
+        targets: args.targets.clone(),
+        most_time: Duration::from_secs(args.common.seconds),
+        folder: folder.path().to_owned(),
+    };
+    let found = lora::bench(&card, &request, &mut in_own_process, &mut talk)?;
+    args.common.finish(found, started, gate.as_ref())
+}
+
+impl LoraArgs {
+    /// The model's card; of a transformer that is described, the card that its file has.
+    fn card(&self, file: &Path) -> Result<ModelCard, Failure> {
+        match (&self.model, &self.vit) {
+            (Some(path), _) => Ok(ModelCard::load(path, &self.bare.model()?)?),
+            (None, Some(config)) => simulate::card_of(config, file),
+            (None, None) => Err(Failure::usage("name a --model or describe a --vit")),
+        }
+    }
+}
+
+/// This very command line for one file, so that its memory is its own.
+fn in_own_process(file: &Path) -> Option<ResourcesRecord> {
+    let mut command = Command::new(std::env::current_exe().ok()?);
+    command.args(std::env::args_os().skip(1)).arg("--alone").arg(file);
+    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    serde_json::from_slice(&output.stdout).ok().filter(|_| output.status.success())
+}
+
+fn bench_vit(args: &VitArgs) -> Result<Outcome, Failure> {
+    let gate = args.common.gate()?;
+    let started = cohort::now();
+    let (models, skipped) = models(args)?;
+    let request = vit::VitRequest {
+        models,
+        precisions: args.precision.iter().map(|precision| word_of(*precision).to_owned()).collect(),
+        batch_sizes: args.batch_sizes.clone(),
+        replicas: args.common.replicas()?,
+        skipped,
+    };
+    let mut talk = args.common.talk();
+    let found = vit::bench(&request, &mut |case| args.common.simulated(case), &mut talk)?;
+    args.common.finish(found, started, gate.as_ref())
+}
+
+type Models = (Vec<(String, VitConfig)>, Vec<slidestream::report::compare::LeftOutRecord>);
+
+/// The transformers with their names, and the combinations that can't be.
+fn models(args: &VitArgs) -> Result<Models, Failure> {
+    let parse = |text: &str| {
+        let config: VitConfig = text.parse().map_err(ExperimentError::from)?;
+        Ok::<_, Failure>((vit::name_of(&config), config))
+    };
+    if !args.vit.is_empty() {
+        // A description has commas of its own.
+        let names = args.vit.iter().flat_map(|text| match text.contains('=') {
+            true => vec![text.as_str()],
+            false => text.split(',').map(str::trim).collect(),
+        });
+        return Ok((names.map(parse).collect::<Result<_, _>>()?, Vec::new()));
+    }
+    let axes = vit::Axes {
+        images: args.image.clone(),
+        patches: args.patch.clone(),
+        dims: args.dim.clone(),
+        depths: args.depth.clone(),
+        heads: args.heads.clone(),
+        mlp_ratios: args.mlp.clone(),
+        pools: args.pool.clone(),
+    };
+    let (configs, skipped) = vit::combinations(&axes).map_err(ExperimentError::from)?;
+    if configs.is_empty() {
+        let why: Vec<String> = skipped.into_iter().map(|left| left.why).collect();
+        return Err(Failure::usage(format!("there is no such ViT: {}", why.join("; "))));
+    }
+    Ok((configs.into_iter().map(|config| (vit::name_of(&config), config)).collect(), skipped))
+}
+
+fn word_of(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Fp32 => "fp32",
+        Precision::Fp16 => "fp16",
+        Precision::Int8 => "int8",
+    }
+}
+
+impl Common {
+    fn load(&self, batch_size: Option<NonZeroUsize>) -> LoadRequest {
+        LoadRequest {
+            variant: None,
+            devices: self.device.clone(),
+            provider: self.provider,
+            batch_size,
+            readers: None,
+            sessions: self.sessions,
+        }
+    }
+
+    fn talk(&self) -> impl FnMut(&str) + use<> {
+        let is_quiet = self.quiet;
+        move |line: &str| {
+            if !is_quiet {
+                say(line);
+            }
+        }
+    }
+
+    /// The rates that none may fall below; read before anything is measured.
+    fn gate(&self) -> Result<Option<Rated>, Failure> {
+        if !(0.0..1.0).contains(&self.max_regression) {
+            return Err(Failure::usage(format!("--max-regression {}: must be from 0 to below 1", self.max_regression)));
+        }
+        self.baseline.as_deref().map(read).transpose()
+    }
+
+    /// How many devices, or sessions on a single one, were asked for, if it is more than one.
+    fn replicas(&self) -> Result<Option<usize>, Failure> {
+        let devices = device::resolve(&self.device, self.provider, None)?.devices;
+        let replicas = if devices.len() > 1 { devices.len() } else { self.sessions.map_or(1, NonZeroUsize::get) };
+        Ok(Some(replicas).filter(|replicas| *replicas > 1))
+    }
+
+    /// What `simulate` finds out in a process of its own.
+    fn simulated(&self, case: &vit::Case) -> Result<Simulation, String> {
+        let broken = |error: &dyn std::fmt::Display| format!("slidestream can't call itself: {error}");
+        let mut command = Command::new(std::env::current_exe().map_err(|error| broken(&error))?);
+        command.args(["simulate", "--json", "--quiet", "--seconds", &self.seconds.to_string()]);
+        command.args(["--vit", &case.config.to_string()]);
+        let devices = device::resolve(&self.device, self.provider, None).map_err(|error| broken(&error))?;
+        let used = if case.is_of_one { &devices.devices[..1] } else { &devices.devices[..] };
+        let names: Vec<String> = used.iter().map(Device::to_string).collect();
+        command.args(["--device", &names.join(","), "--provider", &devices.provider.to_string()]);
+        match self.sessions {
+            // As many on the one device as on each of all.
+            Some(sessions) if case.is_of_one => {
+                let each = if devices.devices.len() > 1 { sessions.get().div_ceil(devices.devices.len()) } else { 1 };
+                command.args(["--sessions", &each.to_string()]);
+            }
+            Some(sessions) => {
+                command.args(["--sessions", &sessions.to_string()]);
+            }
+            None => {}
+        }
+        if let Some(precision) = &case.precision {
+            command.args(["--optimize", precision]);
+        }
+        if let Some(batch_size) = case.batch_size {
+            command.args(["--batch-sizes", &batch_size.to_string()]);
+        }
+        let output = command.stdin(Stdio::null()).output().map_err(|error| broken(&error))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let error = said.lines().find_map(|line| line.strip_prefix("error: "));
+            return Err(error.map_or_else(|| format!("simulate ended with {}", output.status), str::to_owned));
+        }
+        let record: SimulateRecord = serde_json::from_slice(&output.stdout).map_err(|error| broken(&error))?;
+        Ok(record.found)
+    }
+
+    /// Writes the files, prints the result, and holds it against the baseline.
+    fn finish(&self, found: Bench, started: String, gate: Option<&Rated>) -> Result<Outcome, Failure> {
+        let record = BenchRecord {
+            schema: BENCH_SCHEMA.to_owned(),
+            started,
+            finished: cohort::now(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            command: prepare::command(),
+            libraries: prepare::libraries(),
+            hardware: prepare::hardware(),
+            insights: insights(&found),
+            found,
+        };
+        let mut written = Vec::new();
+        if let Some(out) = &self.out {
+            let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
+            for (name, bytes) in [
+                ("bench.csv", table),
+                ("bench.html", bench_html(&record).into_bytes()),
+                ("bench.json", to_json(&record)),
+            ] {
+                write_atomic(&out.join(name), &bytes)?;
+                written.push(out.join(name));
+            }
+        }
+        if self.json {
+            show(&String::from_utf8_lossy(&to_json(&record)));
+        } else {
+            show(&summary(&record, &written));
+        }
+        let Some(gate) = gate else { return Ok(Outcome::Done) };
+        let now = Rated::from(&record);
+        other_machine(gate, &now).into_iter().for_each(|warning| say(&warning));
+        let failed = regressions(&changes(gate, &now), self.max_regression);
+        failed.iter().for_each(|reason| say(&format!("regression: {reason}")));
+        Ok(if failed.is_empty() { Outcome::Done } else { Outcome::GateFailed })
+    }
+}
+
+fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {
+    let heads = ["entry", "samples/s", "[95 %]", "ms/sample", "ratio", "parameters", "share", "GFLOP", "memory"];
+    let rows: Vec<Vec<String>> = record.found.entries.iter().map(|entry| cells(entry).to_vec()).collect();
+    let mut text = format!("{}\n\n{}\n", record.found.subject, table(&heads, &rows));
+    for left in &record.found.skipped {
+        writeln!(text, "left out: {}: {}", left.name, left.why).ok();
+    }
+    for sentence in &record.insights {
+        writeln!(text, "{sentence}").ok();
+    }
+    for file in written {
+        writeln!(text, "{}", file.display()).ok();
+    }
+    text
+}
+
+fn cells(entry: &BenchEntry) -> [String; 9] {
+    let rate = &entry.samples_per_sec;
+    let ratio = entry
+        .ratio
+        .map_or_else(String::new, |ratio| format!("{:.2}× [{:.2}, {:.2}]", ratio.value, ratio.low, ratio.high));
+    let unmerged = entry.lora.filter(|lora| !lora.is_merged);
+    [
+        entry.name.clone(),
+        format!("{:.1}", rate.value),
+        format!("[{:.1}, {:.1}]", rate.low, rate.high),
+        format!("{:.3}", entry.ms_per_sample),
+        ratio,
+        count(entry.parameters),
+        unmerged.map_or_else(String::new, |lora| format!("{:.2} %", 100.0 * lora.share_of_parameters)),
+        format!("{:.2}", entry.flops as f64 / 1e9),
+        entry.peak_bytes().map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))),
+    ]
+}

@@ -1,0 +1,99 @@
+//! `slidestream report`: what result files say, and what changed between two.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use slidestream::experiment::ExperimentError;
+use slidestream::report::bench::{self, Change, Rated, changes};
+use walkdir::WalkDir;
+
+use super::{Failure, Outcome, say, show, table};
+
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum What {
+    /// A line for each result file below the folders: runs, slides, optimisations, comparisons, simulations, benchmarks
+    Show {
+        /// Folders, or files
+        #[arg(required = true, value_name = "DIR")]
+        paths: Vec<PathBuf>,
+    },
+    /// What changed beyond noise between two benchmarks or two simulations
+    Compare {
+        /// The earlier bench.json, or what `simulate --json` printed
+        #[arg(value_name = "A.json")]
+        earlier: PathBuf,
+        /// The later one
+        #[arg(value_name = "B.json")]
+        later: PathBuf,
+    },
+}
+
+pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
+    match &args.what {
+        What::Show { paths } => show_all(paths),
+        What::Compare { earlier, later } => {
+            let (earlier, later) = (read(earlier)?, read(later)?);
+            other_machine(&earlier, &later).into_iter().for_each(|warning| say(&warning));
+            let said: Vec<String> = changes(&earlier, &later).iter().map(Change::in_words).collect();
+            show(&format!("{}\n", said.join("\n")));
+            Ok(Outcome::Done)
+        }
+    }
+}
+
+/// The rates of a benchmark or a simulation.
+pub(super) fn read(path: &Path) -> Result<Rated, Failure> {
+    Rated::from_json(&bytes(path)?).map_err(|error| Failure {
+        hint: Some("name a bench.json, or what `simulate --json` printed".to_owned()),
+        ..Failure::usage(format!("{}: {error}", path.display()))
+    })
+}
+
+/// A warning where two were measured on different machines.
+pub(super) fn other_machine(earlier: &Rated, later: &Rated) -> Option<String> {
+    let differ = earlier.machine != later.machine;
+    differ.then(|| format!("warning: measured on different machines: {}; {}", earlier.machine, later.machine))
+}
+
+fn show_all(paths: &[PathBuf]) -> Result<Outcome, Failure> {
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    let mut others = 0;
+    for path in paths {
+        for entry in WalkDir::new(path).sort_by_file_name() {
+            let entry = entry.map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
+            let file = entry.path();
+            if !entry.file_type().is_file() || file.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let name = file.display().to_string();
+            match serde_json::from_slice::<Value>(&bytes(file)?) {
+                Ok(record) => match bench::summary(&record) {
+                    Some((kind, told)) => rows.push(vec![name, kind.to_owned(), told]),
+                    None => others += 1,
+                },
+                Err(error) => rows.push(vec![name, "damaged".to_owned(), error.to_string()]),
+            }
+        }
+    }
+    let mut text = if rows.is_empty() { String::new() } else { table(&["file", "kind", "says"], &rows) };
+    if rows.is_empty() {
+        text.push_str("no result of slidestream\n");
+    }
+    if others > 0 {
+        writeln!(text, "{others} other JSON files").ok();
+    }
+    show(&text);
+    Ok(Outcome::Done)
+}
+
+fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
+    let wrong = |source| ExperimentError::File { path: path.to_owned(), doing: "read", source };
+    Ok(std::fs::read(path).map_err(wrong)?)
+}

@@ -1,0 +1,126 @@
+//! What `bench` and `report` promise: LoRA proven and timed in turns, sweeps that leave out what can't be, gates.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use serde_json::Value;
+
+use support::{Finished, Json, Workplace};
+
+const SMALL: &str = "image=32,patch=8,dim=64,depth=2,heads=2";
+
+fn bench(place: &Workplace, what: &str, more: &[&str]) -> Finished {
+    place.slidestream([&["bench", what, "--device", "cpu", "--seconds", "0"], more].concat())
+}
+
+fn names(record: &Value) -> Vec<&str> {
+    record["entries"].as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect()
+}
+
+/// Writes `record` with all rates multiplied.
+fn write_scaled(place: &Workplace, record: &Value, factor: f64, name: &str) -> String {
+    let mut record = record.clone();
+    for entry in record["entries"].as_array_mut().unwrap() {
+        for rate in entry["rounds_samples_per_sec"].as_array_mut().unwrap() {
+            *rate = (rate.as_f64().unwrap() * factor).into();
+        }
+    }
+    place.write(name, record.to_string()).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn lora_is_counted_proven_timed_and_held_against_a_baseline() {
+    let place = Workplace::new();
+    let out = place.at("out");
+    let flags = ["--vit", SMALL, "--ranks", "8,2", "--batch-size", "2", "--sessions", "1", "--quiet"];
+    let outcome = bench(&place, "lora", &[&flags[..], &["--out", out.to_str().unwrap()]].concat());
+    outcome.code(0).shows(&["Recommendation: ", "rank 8, merged", "bench.html"]);
+    let record = Json::read(out.join("bench.json"));
+    assert_eq!(record["schema"], "slidestream/bench/1");
+    let expected = ["baseline", "rank 2, unmerged", "rank 2, merged", "rank 8, unmerged", "rank 8, merged"];
+    assert_eq!(names(&record), expected);
+    let of = |index: usize, key: &str| record["entries"][index][key].clone();
+    let (parameters, flops) = (of(0, "parameters").as_u64().unwrap(), of(0, "flops").as_u64().unwrap());
+    // Two blocks; qkv from 64 to 192 and proj from 64 to 64.
+    let added = |rank: u64| 2 * rank * ((64 + 192) + (64 + 64));
+    for (index, rank) in [(1, 2), (3, 8)] {
+        assert_eq!(of(index, "parameters"), parameters + added(rank));
+        // A multiply-add for each of these parameters and each of 17 tokens.
+        assert_eq!(of(index, "flops"), flops + 2 * 17 * added(rank));
+        assert_eq!((of(index + 1, "parameters"), of(index + 1, "flops")), (of(0, "parameters"), of(0, "flops")));
+        let lora = of(index, "lora");
+        let share = added(rank) as f64 / (parameters + added(rank)) as f64;
+        assert!((lora["share_of_parameters"].as_f64().unwrap() - share).abs() < 1e-12);
+        let [difference, bound] = ["max_abs_difference", "difference_bound"].map(|key| lora[key].as_f64().unwrap());
+        assert!(difference <= bound && bound < 1e-3, "{lora}");
+    }
+    for index in 0..expected.len() {
+        assert!(of(index, "rounds_samples_per_sec").as_array().unwrap().len() >= 7);
+        assert!(of(index, "samples_per_sec")["value"].as_f64().unwrap() > 0.0);
+        assert!(of(index, "ratio")["value"].as_f64().unwrap() > 0.0);
+        #[cfg(target_os = "linux")]
+        assert!(of(index, "peak_host_bytes").as_u64().unwrap() > 1 << 20);
+    }
+    assert_eq!(of(0, "ratio")["value"], 1.0);
+    let table = std::fs::read_to_string(out.join("bench.csv")).unwrap();
+    assert_eq!(table.lines().count(), 1 + expected.len());
+    let page = std::fs::read_to_string(out.join("bench.html")).unwrap();
+    assert!(page.contains("Impact of the rank") && page.contains("Parameter efficiency"));
+
+    let faster = write_scaled(&place, &record, 100.0, "faster.json");
+    let outcome = bench(&place, "lora", &[&flags[..], &["--baseline", &faster, "--max-regression", "0.5"]].concat());
+    outcome.code(4).says(&["regression: baseline runs at 0.", "below 0.50×"]);
+    let slower = write_scaled(&place, &record, 0.01, "slower.json");
+    bench(&place, "lora", &[&flags[..], &["--baseline", &slower]].concat()).code(0);
+
+    let own = out.join("bench.json");
+    let own = own.to_str().unwrap();
+    let same = place.slidestream(["report", "compare", own, own]).code(0);
+    assert_eq!(same.stdout.lines().count(), expected.len());
+    assert!(same.stdout.lines().all(|line| line.contains(": no difference, 1.00× [")), "{}", same.stdout);
+    place.slidestream(["report", "compare", own, &faster]).code(0).shows(&["rank 8, merged: faster, 100.00×"]);
+    place.write("out/other.json", "{}");
+    place.write("out/broken.json", "{");
+    let shown = place.slidestream(["report", "show", out.to_str().unwrap()]).code(0);
+    shown.shows(&["bench.json", "5 entries. Recommendation: ", "broken.json", "damaged", "1 other JSON files"]);
+}
+
+#[test]
+fn a_sweep_measures_what_can_be_and_lists_the_rest() {
+    let place = Workplace::new();
+    let sizes = ["--image", "32", "--patch", "8,5", "--dim", "64", "--depth", "1,2", "--heads", "2"];
+    let more = ["--batch-sizes", "2", "--sessions", "2", "--json"];
+    let outcome = bench(&place, "vit", &[&sizes[..], &more].concat()).code(0);
+    let record: Value = serde_json::from_str(&outcome.stdout).unwrap();
+    let model = |depth: u32| format!("image=32 patch=8 dim=64 depth={depth} heads=2");
+    let expected = [1, 2].map(|depth| format!("{}, as built, batch 2", model(depth)));
+    assert_eq!(names(&record), expected);
+    let skipped = record["skipped"].as_array().unwrap();
+    assert_eq!((skipped.len(), skipped[0]["why"].as_str()), (2, Some("image=32 is no multiple of patch=5")));
+    for entry in record["entries"].as_array().unwrap() {
+        assert_eq!((entry["sessions"].as_u64(), entry["total_batch_size"].as_u64()), (Some(2), Some(4)));
+        let scaling = &entry["scaling"];
+        let efficiency = scaling["speedup"]["value"].as_f64().unwrap() / 2.0;
+        assert_eq!((scaling["replicas"].as_u64(), scaling["efficiency"].as_f64()), (Some(2), Some(efficiency)));
+        assert!(entry["utilisation"].as_f64().unwrap() > 0.0);
+    }
+    assert!(record["insights"].as_array().unwrap().last().unwrap().as_str().unwrap().starts_with("Recommendation: "));
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let place = Workplace::new();
+    bench(&place, "lora", &[]).code(2).says(&["--model"]);
+    bench(&place, "lora", &["--vit", SMALL, "--targets", "qvk"]).code(1).says(&["target \"qvk\"", "help: "]);
+    bench(&place, "lora", &["--vit", SMALL, "--ranks", "0"]).code(2);
+    bench(&place, "lora", &["--vit", SMALL, "--alpha", "0"]).code(2).says(&["--alpha 0: must be above 0"]);
+    bench(&place, "vit", &["--patch", "15"]).code(2).says(&["image=224 is no multiple of patch=15"]);
+    bench(&place, "vit", &["--depth", "0"]).code(2).says(&["depth=0"]);
+    bench(&place, "vit", &["--vit", SMALL, "--max-regression", "0.1"]).code(2).says(&["--baseline"]);
+    let record = place.write("run.json", r#"{"schema": "slidestream/run/1"}"#);
+    bench(&place, "vit", &["--vit", SMALL, "--baseline", record.to_str().unwrap()])
+        .code(2)
+        .says(&["run.json: has schema \"slidestream/run/1\"", "help: name a bench.json"]);
+    place.slidestream(["report", "show", "nowhere"]).code(1).says(&["nowhere"]);
+}
