@@ -76,7 +76,7 @@ fn notes(record: &EvaluateRecord) -> String {
     }
     if !found.failed.is_empty() {
         let images = found.failed.len() as u64;
-        notes.insert(0, format!("{} images could not be read and are left out: see below.", count(images)));
+        notes.insert(0, format!("Left out because they could not be read: {}, listed below.", count(images)));
     }
     if found.drawn.units < 2 {
         notes.push("There are no intervals: they need at least two groups to draw from.".to_owned());
@@ -388,7 +388,7 @@ mod tests {
             }
             assert_eq!(html.matches("src=\"data:image/png;base64,").count(), 3);
             assert_eq!(html.contains("class=\"heat\""), classes == 3);
-            for expected in ["For 2 images the model gave no number", "1 images could not be read", "no number"] {
+            for expected in ["For 2 images the model gave no number", "could not be read: 1, listed", "no number"] {
                 assert!(html.contains(expected), "{expected}");
             }
         }
@@ -398,6 +398,7 @@ mod tests {
     fn maps_have_a_legend() {
         let mut record = record(3);
         record.found.model.task = "segmentation".into();
+        record.found.worst.iter_mut().for_each(|worst| worst.label = None);
         let html = evaluate_html(&record);
         assert_nested(&html);
         assert_eq!(html.matches("background:rgb(1 2 3)").count(), 3);
