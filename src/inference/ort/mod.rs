@@ -233,13 +233,14 @@ fn open_error(variant: &Variant, provider: Provider, source: ort::Error) -> Sess
 
 /// What ONNX Runtime, CUDA, cuDNN and the C++ library say when memory runs out.
 fn is_out_of_memory(message: &str) -> bool {
-    const SIGNS: [&str; 9] = [
+    const SIGNS: [&str; 10] = [
         "failed to allocate memory",
         "smaller than requested bytes",
         "out of memory",
         "cudaerrormemoryallocation",
         "alloc_failed",
         "allocation_failed",
+        "resource allocation failed",
         "bad_alloc",
         "bad allocation",
         "outofmemory",

@@ -174,7 +174,7 @@ impl Rewriter {
         Ok(())
     }
 
-    /// A new node's proto, to be given to [`Self::insert`]; `domain` is `""` or [`MICROSOFT`].
+    /// A new node's proto, to be given to [`Self::insert`]; `domain` is `""` or [`MICROSOFT`](super::MICROSOFT).
     pub fn new_node(&mut self, domain: &str, op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
         let name = self.fresh(&format!("{op}/{}", outputs.first().copied().unwrap_or_default()));
         NodeProto {
