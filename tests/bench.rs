@@ -102,7 +102,9 @@ fn a_sweep_measures_what_can_be_and_lists_the_rest() {
         assert_eq!((entry["sessions"].as_u64(), entry["total_batch_size"].as_u64()), (Some(2), Some(4)));
         let scaling = &entry["scaling"];
         let efficiency = scaling["speedup"]["value"].as_f64().unwrap() / 2.0;
-        assert_eq!((scaling["replicas"].as_u64(), scaling["efficiency"].as_f64()), (Some(2), Some(efficiency)));
+        assert_eq!(scaling["replicas"], 2);
+        // JSON may lose a number's last bit.
+        assert!((scaling["efficiency"].as_f64().unwrap() - efficiency).abs() < 1e-12);
         assert!(entry["utilisation"].as_f64().unwrap() > 0.0);
     }
     assert!(record["insights"].as_array().unwrap().last().unwrap().as_str().unwrap().starts_with("Recommendation: "));

@@ -88,7 +88,9 @@ fn a_gate_that_fails_is_told_and_has_its_code() {
     assert_eq!((&record["gates"][0]["passed"], &record["gates"][1]["passed"]), (&false.into(), &true.into()));
     // Without a slide there is nothing to read, and nothing to overlap.
     assert!(record["ladder"].as_array().unwrap().iter().all(|row| row["end_to_end"].is_null()));
-    compare(&place, &model, &["--variants", "fp32", "--min-cosine", "1", "--quiet"]).code(0);
+    compare(&place, &model, &["--variants", "fp32", "--min-cosine", "1", "--quiet"])
+        .code(2)
+        .says(&["no variant beside the original"]);
 }
 
 #[test]
