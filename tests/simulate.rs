@@ -2,7 +2,6 @@
 
 mod support;
 
-use serde_json::Value;
 use slidestream::slide::synthetic::{SvsOptions, SyntheticSlide, Tissue};
 
 use support::{Finished, Workplace};
@@ -18,10 +17,6 @@ fn simulate(place: &Workplace, more: &[&str]) -> Finished {
     place.slidestream(all)
 }
 
-fn record(outcome: &Finished) -> Value {
-    serde_json::from_str(&outcome.stdout).unwrap()
-}
-
 #[test]
 fn a_described_transformer_is_counted_and_swept() {
     let place = Workplace::new();
@@ -29,7 +24,7 @@ fn a_described_transformer_is_counted_and_swept() {
         &place,
         &["--vit", SMALL, "--batch-sizes", "2,1", "--watts", "100", "--slide-size", "330x160", "--json"],
     );
-    let found = record(&outcome.code(0));
+    let found = outcome.code(0).json();
     assert_eq!(found["schema"], "slidestream/simulate/1");
     // Patches 3·64·64 + 64, class token 64, 17 positions of 64; two blocks of norms 2·128, qkv 64·192 + 192,
     // proj 64·64 + 64, fc1 64·128 + 128, fc2 128·64 + 64; the last norm 128.
@@ -72,7 +67,7 @@ fn every_precision_is_made_and_run() {
     let place = Workplace::new();
     for precision in ["fp32", "fp16", "int8"] {
         let outcome = simulate(&place, &["--vit", WIDE, "--optimize", precision, "--json"]);
-        let found = record(&outcome.code(0));
+        let found = outcome.code(0).json();
         assert!(found["model"]["variant"].as_str().unwrap().starts_with(precision), "{}", found["model"]);
         assert_eq!(found["ceiling_flops_per_sec"].is_null(), precision == "int8");
     }
@@ -84,7 +79,7 @@ fn a_real_slide_tells_its_tissue_and_how_fast_it_is_read() {
     let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(256, 192, 5) };
     let slide = place.slide("s.svs", &slide, &SvsOptions::default());
     let outcome = simulate(&place, &["--model", CELLS, "--slide", slide.to_str().unwrap(), "--json"]);
-    let found = record(&outcome.code(0));
+    let found = outcome.code(0).json();
     let slide = &found["slide"];
     assert_eq!((slide["width"].as_u64(), slide["height"].as_u64()), (Some(256), Some(192)));
     assert_eq!(slide["tiles"], slide["grid_tiles"]);

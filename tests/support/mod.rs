@@ -314,6 +314,11 @@ impl Finished {
         self
     }
 
+    /// What stdout holds, as JSON.
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap()
+    }
+
     /// Asserts that stderr has each of these texts.
     #[track_caller]
     pub(crate) fn says(self, texts: &[&str]) -> Self {
