@@ -284,8 +284,8 @@ fn optimized(
         out: out.to_owned(),
     };
     let made = optimize::optimize(card, &request, say)?;
-    let written = made.variants.iter().filter(|variant| variant.file.is_some()).map(|variant| variant.name.clone());
-    let name = written.last().ok_or_else(|| Failure {
+    let mut written = made.variants.iter().filter(|variant| variant.file.is_some()).map(|variant| variant.name.clone());
+    let name = written.next_back().ok_or_else(|| Failure {
         message: "the model has no such variant that computes what the original does".to_owned(),
         hint: Some("`slidestream optimize --explain` tells what was tried".to_owned()),
         code: 1,
