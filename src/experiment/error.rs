@@ -203,6 +203,13 @@ from_engine!(
 );
 
 impl ExperimentError {
+    /// True if a device's memory did not suffice.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let Self::Engine(error) = self else { return false };
+        matches!(&**error, EngineError::Session(error) if error.is_out_of_memory())
+    }
+
     /// The message with those of its causes.
     #[must_use]
     pub fn chain(&self) -> String {

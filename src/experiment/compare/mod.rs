@@ -25,13 +25,14 @@ use self::course::Course;
 pub use self::gates::{Gates, MostFlips};
 use self::ladder::Ladder;
 use self::speed::Timed;
-use self::subjects::Subject;
+use self::subjects::{BatchSize, Subject};
 use super::ExperimentError;
 use super::labels::{self, Labelled};
 use super::tiles::TileSet;
 use crate::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use crate::report::compare::{
-    ComparedInput, ComparedModel, ComparedVariant, Findings, MeasuringRecord, ResourcesRecord,
+    AccuracyRecord, AgreementRecord, ComparedInput, ComparedModel, ComparedVariant, Findings, MeasuringRecord,
+    ResourcesRecord,
 };
 
 /// The probability at which a tile changes sides, as in a run without further settings.
@@ -86,26 +87,21 @@ pub fn compare(
     if request.gates.any() && subjects.len() == 1 && !left_out.iter().any(|left| left.is_failure) {
         return Err(ExperimentError::NothingToGate);
     }
-    let batch = subjects::batch_size(&subjects[0], request.batch_size)?;
-
-    say(&format!("comparing outputs on {}", tiles.source));
-    let agreement = quality::agreement(&subjects, &tiles, batch.run)?;
-    let accuracy =
-        labelled.as_ref().map(|labelled| accuracy::accuracy(&subjects, labelled, batch.run, say)).transpose()?;
+    let asked = subjects::batch_size(&subjects[0], request.batch_size)?;
+    let mut batch = asked;
+    let measured = loop {
+        match measure(request, &subjects, &tiles, labelled.as_ref(), batch, say) {
+            // The sessions of all variants are open together: a batch that fits one may not fit beside the others.
+            Err(error) if error.is_out_of_memory() && request.batch_size.is_none() && batch.batched > 1 => {
+                batch = batch.halved();
+                say(&format!("memory did not suffice: again, with batches of {}", batch.batched));
+            }
+            outcome => break outcome?,
+        }
+    };
+    let Measurements { agreement, accuracy, ladder, model_only, course, end_to_end } = measured;
     let gates = request.gates.judge(&subjects[0].card, &agreement, accuracy.as_ref(), &left_out);
 
-    let ladder = Ladder::new(&subjects, batch, request.slide.is_some());
-    say(&format!("timing {} configurations of the model alone", ladder.alone.len()));
-    let model_only = speed::model_only(&subjects, &ladder.alone, &tiles, request.seconds)?;
-    let mut course = None;
-    let mut end_to_end = None;
-    if let Some(path) = &request.slide {
-        let tiles = speed::tiles_per_round(&subjects, &ladder, &model_only, request.seconds);
-        let taken = Course::new(path, card, tiles)?;
-        say(&format!("timing {} steps end to end on {} tiles of the slide", ladder.whole.len(), taken.tiles()));
-        end_to_end = Some(speed::end_to_end(&subjects, &ladder.whole, &taken, request)?);
-        course = Some(taken);
-    }
     say("measuring the memory of each step in a process of its own");
     let round = course.as_ref().map_or(request.tiles, |course| course.wanted);
     let resources = ladder.resources(&subjects, round, in_own_process);
@@ -132,13 +128,57 @@ pub fn compare(
         models: models(request, &subjects),
         left_out,
         input: ComparedInput { source, tiles: tiles.tiles.len() as u64, slide_tiles },
-        measuring: measuring(request, &model_only, end_to_end.as_ref()),
+        measuring: lowered(measuring(request, &model_only, end_to_end.as_ref()), asked, batch),
         ladder: rows,
         agreement,
         accuracy,
         gates,
         pictures: drawn,
     })
+}
+
+/// What a batch size gave.
+struct Measurements {
+    agreement: Vec<AgreementRecord>,
+    accuracy: Option<AccuracyRecord>,
+    ladder: Ladder,
+    model_only: Timed,
+    course: Option<Course>,
+    end_to_end: Option<Timed>,
+}
+
+fn measure(
+    request: &CompareRequest,
+    subjects: &[Subject],
+    tiles: &TileSet,
+    labelled: Option<&Labelled>,
+    batch: BatchSize,
+    say: &mut dyn FnMut(&str),
+) -> Result<Measurements, ExperimentError> {
+    say(&format!("comparing outputs on {}", tiles.source));
+    let agreement = quality::agreement(subjects, tiles, batch.run)?;
+    let accuracy = labelled.map(|labelled| accuracy::accuracy(subjects, labelled, batch.run, say)).transpose()?;
+    let ladder = Ladder::new(subjects, batch, request.slide.is_some());
+    say(&format!("timing {} configurations of the model alone", ladder.alone.len()));
+    let model_only = speed::model_only(subjects, &ladder.alone, tiles, request.seconds)?;
+    let (mut course, mut end_to_end) = (None, None);
+    if let Some(path) = &request.slide {
+        let tiles = speed::tiles_per_round(subjects, &ladder, &model_only, request.seconds);
+        let taken = Course::new(path, &request.models[0], tiles)?;
+        say(&format!("timing {} steps end to end on {} tiles of the slide", ladder.whole.len(), taken.tiles()));
+        end_to_end = Some(speed::end_to_end(subjects, &ladder.whole, &taken, request)?);
+        course = Some(taken);
+    }
+    Ok(Measurements { agreement, accuracy, ladder, model_only, course, end_to_end })
+}
+
+/// Says so, if batches are smaller than they were to be.
+fn lowered(mut measuring: MeasuringRecord, asked: BatchSize, batch: BatchSize) -> MeasuringRecord {
+    if batch != asked {
+        let (now, then) = (batch.batched, asked.batched);
+        measuring.note.push_str(&format!(" Batches of {now}, not {then}: memory did not suffice for all variants."));
+    }
+    measuring
 }
 
 /// Tiles to compare outputs on: of the slide, else of the labelled images, else made up; and whether they are real.

@@ -57,6 +57,13 @@ pub(super) struct BatchSize {
     pub(super) batched: usize,
 }
 
+impl BatchSize {
+    /// Half of both, at least 1.
+    pub(super) fn halved(self) -> Self {
+        Self { run: (self.run / 2).max(1), batched: (self.batched / 2).max(1) }
+    }
+}
+
 impl Subject {
     fn factory(&self, card: &ModelCard) -> Result<SessionFactory, SessionError> {
         // One thread a session, as in a run; OpenVINO brings its own.
@@ -200,6 +207,13 @@ fn unique(name: String, taken: &[Subject]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_are_halved_down_to_one() {
+        let halves = std::iter::successors(Some(BatchSize { run: 4, batched: 8 }), |batch| Some(batch.halved()));
+        let sizes: Vec<(usize, usize)> = halves.map(|batch| (batch.run, batch.batched)).take(5).collect();
+        assert_eq!(sizes, [(4, 8), (2, 4), (1, 2), (1, 1), (1, 1)]);
+    }
 
     #[test]
     fn kinds_follow_the_names() {
