@@ -338,12 +338,7 @@ impl Common {
     fn finish(&self, found: Bench, started: String, gate: Option<&Rated>) -> Result<Outcome, Failure> {
         let record = BenchRecord {
             schema: BENCH_SCHEMA.to_owned(),
-            started,
-            finished: cohort::now(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            command: prepare::command(),
-            libraries: prepare::libraries(),
-            hardware: prepare::hardware(),
+            account: prepare::account(started),
             insights: insights(&found),
             found,
         };

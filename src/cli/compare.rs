@@ -131,12 +131,7 @@ fn in_own_process(step: &Alone) -> Option<ResourcesRecord> {
 fn record(found: Findings, started: String) -> CompareRecord {
     let mut record = CompareRecord {
         schema: COMPARE_SCHEMA.to_owned(),
-        started,
-        finished: cohort::now(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: prepare::command(),
-        libraries: prepare::libraries(),
-        hardware: prepare::hardware(),
+        account: prepare::account(started),
         found,
         conclusions: Vec::new(),
     };

@@ -55,12 +55,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let evaluation = evaluate::evaluate(&request, &mut talk)?;
     let record = EvaluateRecord {
         schema: EVALUATE_SCHEMA.to_owned(),
-        started,
-        finished: cohort::now(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: prepare::command(),
-        libraries: prepare::libraries(),
-        hardware: prepare::hardware(),
+        account: prepare::account(started),
         found: evaluation.found,
     };
     let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.predictor.model, "evaluate"));

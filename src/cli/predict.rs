@@ -59,16 +59,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         }
     };
     let found = predict::predict(&request, &mut talk)?;
-    let record = PredictRecord {
-        schema: PREDICT_SCHEMA.to_owned(),
-        started,
-        finished: cohort::now(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: prepare::command(),
-        libraries: prepare::libraries(),
-        hardware: prepare::hardware(),
-        found,
-    };
+    let record = PredictRecord { schema: PREDICT_SCHEMA.to_owned(), account: prepare::account(started), found };
     if let Some(out) = &args.out {
         write_atomic(&out.join("predict.json"), &to_json(&record))?;
     }

@@ -9,7 +9,7 @@ use slidestream::engine::{Engine, LoadRequest, cohort};
 use slidestream::geometry::Overlap;
 use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest, Task, device};
 use slidestream::native;
-use slidestream::report::{HardwareRecord, LibraryRecord, RUN_SCHEMA, RunRecord, Status};
+use slidestream::report::{AccountRecord, HardwareRecord, LibraryRecord, RUN_SCHEMA, RunRecord, Status};
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 use super::Failure;
@@ -72,6 +72,18 @@ fn applicable(task: Task) -> &'static [Emit] {
     match task {
         Task::Classification | Task::Segmentation => &[Emit::Csv, Emit::GeoJson, Emit::Tiff, Emit::Png],
         Task::Features => &[Emit::Csv, Emit::GeoJson, Emit::Png, Emit::H5],
+    }
+}
+
+/// The account of a command that began at `started` and ends now.
+pub(super) fn account(started: String) -> AccountRecord {
+    AccountRecord {
+        started,
+        finished: cohort::now(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: command(),
+        libraries: libraries(),
+        hardware: hardware(),
     }
 }
 

@@ -183,16 +183,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     };
     let found = simulate::simulate(card, &request, &Cancel::default(), &mut talk)?;
     if args.json {
-        let record = SimulateRecord {
-            schema: SIMULATE_SCHEMA.to_owned(),
-            started,
-            finished: cohort::now(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            command: prepare::command(),
-            libraries: prepare::libraries(),
-            hardware: prepare::hardware(),
-            found,
-        };
+        let record = SimulateRecord { schema: SIMULATE_SCHEMA.to_owned(), account: prepare::account(started), found };
         show(&String::from_utf8_lossy(&to_json(&record)));
     } else {
         show(&summary(&found));

@@ -1,11 +1,9 @@
 //! What is written down about a model held against labels: `evaluate.json` and the table of its predictions.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
 use super::compare::base64;
-use super::{FailedImage, HardwareRecord, LibraryRecord, ModelRecord, PaceRecord, RanOnRecord};
+use super::{AccountRecord, FailedImage, ModelRecord, PaceRecord, RanOnRecord};
 
 /// Schema of [`EvaluateRecord`].
 pub const EVALUATE_SCHEMA: &str = "slidestream/evaluate/1";
@@ -15,18 +13,9 @@ pub const EVALUATE_SCHEMA: &str = "slidestream/evaluate/1";
 pub struct EvaluateRecord {
     /// [`EVALUATE_SCHEMA`].
     pub schema: String,
-    /// RFC 3339, UTC.
-    pub started: String,
-    /// RFC 3339, UTC.
-    pub finished: String,
-    /// The program's version.
-    pub version: String,
-    /// The command line, as it was typed.
-    pub command: Vec<String>,
-    /// Versions and paths of the native libraries, by name.
-    pub libraries: BTreeMap<String, LibraryRecord>,
-    /// The machine.
-    pub hardware: HardwareRecord,
+    /// When, with what and where it was made.
+    #[serde(flatten)]
+    pub account: AccountRecord,
     /// What was found out.
     #[serde(flatten)]
     pub found: EvaluatedRecord,

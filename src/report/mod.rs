@@ -70,6 +70,23 @@ impl Status {
     }
 }
 
+/// When, with what and where a record was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AccountRecord {
+    /// RFC 3339, UTC.
+    pub started: String,
+    /// RFC 3339, UTC.
+    pub finished: String,
+    /// The program's version.
+    pub version: String,
+    /// The command line, as it was typed.
+    pub command: Vec<String>,
+    /// Versions and paths of the native libraries, by name.
+    pub libraries: BTreeMap<String, LibraryRecord>,
+    /// The machine.
+    pub hardware: HardwareRecord,
+}
+
 /// `run.json`: one run over any number of slides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {

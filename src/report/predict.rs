@@ -1,11 +1,9 @@
 //! What is written down about predicted images, `predict.json`, and how fast a model ran over tiles.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
 use super::compare::SummaryRecord;
-use super::{HardwareRecord, LibraryRecord, ModelRecord};
+use super::{AccountRecord, ModelRecord};
 
 /// Schema of [`PredictRecord`].
 pub const PREDICT_SCHEMA: &str = "slidestream/predict/1";
@@ -15,18 +13,9 @@ pub const PREDICT_SCHEMA: &str = "slidestream/predict/1";
 pub struct PredictRecord {
     /// [`PREDICT_SCHEMA`].
     pub schema: String,
-    /// RFC 3339, UTC.
-    pub started: String,
-    /// RFC 3339, UTC.
-    pub finished: String,
-    /// The program's version.
-    pub version: String,
-    /// The command line, as it was typed.
-    pub command: Vec<String>,
-    /// Versions and paths of the native libraries, by name.
-    pub libraries: BTreeMap<String, LibraryRecord>,
-    /// The machine.
-    pub hardware: HardwareRecord,
+    /// When, with what and where it was made.
+    #[serde(flatten)]
+    pub account: AccountRecord,
     /// What was predicted.
     #[serde(flatten)]
     pub found: PredictedRecord,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 use super::compare::{IntervalRecord, SummaryRecord};
-use super::{ExecutionRecord, HardwareRecord, LibraryRecord, ModelRecord, StageRecord};
+use super::{AccountRecord, ExecutionRecord, ModelRecord, StageRecord};
 
 /// Schema of [`SimulateRecord`].
 pub const SIMULATE_SCHEMA: &str = "slidestream/simulate/1";
@@ -15,18 +15,9 @@ pub const SIMULATE_SCHEMA: &str = "slidestream/simulate/1";
 pub struct SimulateRecord {
     /// [`SIMULATE_SCHEMA`].
     pub schema: String,
-    /// RFC 3339, UTC.
-    pub started: String,
-    /// RFC 3339, UTC.
-    pub finished: String,
-    /// The program's version.
-    pub version: String,
-    /// The command line, as it was typed.
-    pub command: Vec<String>,
-    /// Versions and paths of the native libraries, by name.
-    pub libraries: BTreeMap<String, LibraryRecord>,
-    /// The machine.
-    pub hardware: HardwareRecord,
+    /// When, with what and where it was made.
+    #[serde(flatten)]
+    pub account: AccountRecord,
     /// What was found out.
     #[serde(flatten)]
     pub found: Simulation,

@@ -53,7 +53,7 @@ impl Rated {
 impl From<&BenchRecord> for Rated {
     fn from(record: &BenchRecord) -> Self {
         let rate = |entry: &super::BenchEntry| (entry.name.clone(), entry.rounds_samples_per_sec.clone());
-        Self { machine: record.hardware.in_words(), rates: record.found.entries.iter().map(rate).collect() }
+        Self { machine: record.account.hardware.in_words(), rates: record.found.entries.iter().map(rate).collect() }
     }
 }
 
@@ -67,7 +67,7 @@ impl From<&SimulateRecord> for Rated {
             );
             (name, point.samples_tiles_per_sec.clone())
         };
-        Self { machine: record.hardware.in_words(), rates: record.found.points.iter().map(rate).collect() }
+        Self { machine: record.account.hardware.in_words(), rates: record.found.points.iter().map(rate).collect() }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::super::HardwareRecord;
 use super::super::compare::{IntervalRecord, LeftOutRecord};
+use super::super::{AccountRecord, HardwareRecord};
 use super::{BENCH_SCHEMA, Bench, BenchEntry, BenchKind, BenchRecord, LoraRecord};
 
 /// Seven rounds around a rate, and their median with an interval of ±1 %.
@@ -62,12 +62,14 @@ fn adapted(rank: usize, is_merged: bool, rate: f64, ratio: [f64; 3]) -> BenchEnt
 fn record(kind: BenchKind, subject: &str, entries: Vec<BenchEntry>) -> BenchRecord {
     BenchRecord {
         schema: BENCH_SCHEMA.to_owned(),
-        started: "2026-01-01T00:00:00Z".to_owned(),
-        finished: "2026-01-01T00:01:00Z".to_owned(),
-        version: "0.1.0".to_owned(),
-        command: vec!["slidestream".to_owned(), "bench".to_owned()],
-        libraries: BTreeMap::new(),
-        hardware: HardwareRecord { cpu: "cpu".to_owned(), cores: 2, memory_bytes: 1 << 30, gpus: Vec::new() },
+        account: AccountRecord {
+            started: "2026-01-01T00:00:00Z".to_owned(),
+            finished: "2026-01-01T00:01:00Z".to_owned(),
+            version: "0.1.0".to_owned(),
+            command: vec!["slidestream".to_owned(), "bench".to_owned()],
+            libraries: BTreeMap::new(),
+            hardware: HardwareRecord { cpu: "cpu".to_owned(), cores: 2, memory_bytes: 1 << 30, gpus: Vec::new() },
+        },
         found: Bench { kind, subject: subject.to_owned(), entries, skipped: Vec::new() },
         insights: Vec::new(),
     }

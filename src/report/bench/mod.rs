@@ -1,11 +1,9 @@
 //! What is written down about a benchmark: `bench.json`, its table, what the numbers say, and what changed since another.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
+use super::AccountRecord;
 use super::compare::{IntervalRecord, LeftOutRecord};
-use super::{HardwareRecord, LibraryRecord};
 
 mod change;
 #[cfg(test)]
@@ -27,18 +25,9 @@ pub const BENCH_SCHEMA: &str = "slidestream/bench/1";
 pub struct BenchRecord {
     /// [`BENCH_SCHEMA`].
     pub schema: String,
-    /// RFC 3339, UTC.
-    pub started: String,
-    /// RFC 3339, UTC.
-    pub finished: String,
-    /// The program's version.
-    pub version: String,
-    /// The command line, as it was typed.
-    pub command: Vec<String>,
-    /// Versions and paths of the native libraries, by name.
-    pub libraries: BTreeMap<String, LibraryRecord>,
-    /// The machine.
-    pub hardware: HardwareRecord,
+    /// When, with what and where it was made.
+    #[serde(flatten)]
+    pub account: AccountRecord,
     /// What was found out.
     #[serde(flatten)]
     pub found: Bench,

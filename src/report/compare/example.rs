@@ -8,7 +8,7 @@ use crate::report::compare::{
     ComparedModel, ComparedVariant, CosineRecord, Findings, FlipsRecord, GateRecord, IntervalRecord, LadderRow,
     MeasuringRecord, MetricRecord, PictureRecord, RateRecord, conclusions,
 };
-use crate::report::{HardwareRecord, LibraryRecord};
+use crate::report::{AccountRecord, HardwareRecord, LibraryRecord};
 
 /// A step as name, variant, batch, milliseconds per tile of the model alone and end to end.
 type Step = (&'static str, &'static str, usize, Option<f64>, Option<f64>);
@@ -51,19 +51,21 @@ pub(crate) fn with_steps(steps: &[Step]) -> CompareRecord {
     let compared = names.iter().skip(1);
     let mut record = CompareRecord {
         schema: COMPARE_SCHEMA.to_owned(),
-        started: "2026-01-02T03:04:05Z".to_owned(),
-        finished: "2026-01-02T03:14:05Z".to_owned(),
-        version: "0.1.0".to_owned(),
-        command: ["slidestream", "compare", "a slide.svs", "--model", "models/example"].map(str::to_owned).to_vec(),
-        libraries: BTreeMap::from([(
-            "ONNX Runtime".to_owned(),
-            LibraryRecord { version: "1.2.3".to_owned(), path: "lib/x.so".to_owned(), origin: "in lib".to_owned() },
-        )]),
-        hardware: HardwareRecord {
-            cpu: "Example CPU".to_owned(),
-            cores: 2,
-            memory_bytes: 25_769_803_776,
-            gpus: vec![],
+        account: AccountRecord {
+            started: "2026-01-02T03:04:05Z".to_owned(),
+            finished: "2026-01-02T03:14:05Z".to_owned(),
+            version: "0.1.0".to_owned(),
+            command: ["slidestream", "compare", "a slide.svs", "--model", "models/example"].map(str::to_owned).to_vec(),
+            libraries: BTreeMap::from([(
+                "ONNX Runtime".to_owned(),
+                LibraryRecord { version: "1.2.3".to_owned(), path: "lib/x.so".to_owned(), origin: "in lib".to_owned() },
+            )]),
+            hardware: HardwareRecord {
+                cpu: "Example CPU".to_owned(),
+                cores: 2,
+                memory_bytes: 25_769_803_776,
+                gpus: vec![],
+            },
         },
         found: Findings {
             models,

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{HardwareRecord, LibraryRecord};
+use super::AccountRecord;
 
 mod conclusions;
 #[cfg(test)]
@@ -29,18 +29,9 @@ pub const COMPARE_SCHEMA: &str = "slidestream/compare/1";
 pub struct CompareRecord {
     /// [`COMPARE_SCHEMA`].
     pub schema: String,
-    /// RFC 3339, UTC.
-    pub started: String,
-    /// RFC 3339, UTC.
-    pub finished: String,
-    /// The program's version.
-    pub version: String,
-    /// The command line, as it was typed.
-    pub command: Vec<String>,
-    /// Versions and paths of the native libraries, by name.
-    pub libraries: BTreeMap<String, LibraryRecord>,
-    /// The machine.
-    pub hardware: HardwareRecord,
+    /// When, with what and where it was made.
+    #[serde(flatten)]
+    pub account: AccountRecord,
     /// What was found out.
     #[serde(flatten)]
     pub found: Findings,

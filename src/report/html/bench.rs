@@ -5,7 +5,7 @@ use super::super::chart::{self, Against};
 use super::super::compare::IntervalRecord;
 use super::super::text::{ABSENT, bytes, count, escape, or_absent, percent, significant, times};
 use super::tables::{Cell, owned, table, with_interval};
-use super::{Machine, both_sizes, figures, page, section, sentences};
+use super::{account, both_sizes, figures, page, section, sentences};
 
 /// The record as an HTML page that needs nothing but itself.
 #[must_use]
@@ -23,7 +23,7 @@ pub fn bench_html(record: &BenchRecord) -> String {
         setting(record),
     ]
     .concat();
-    page(&format!("{} – slidestream bench", record.found.subject), &body, &record.version)
+    page(&format!("{} – slidestream bench", record.found.subject), &body, &record.account.version)
 }
 
 fn header(record: &BenchRecord) -> String {
@@ -35,7 +35,7 @@ fn header(record: &BenchRecord) -> String {
         escape(&record.found.subject),
         record.found.entries.len(),
         escape(device),
-        escape(&record.started)
+        escape(&record.account.started)
     )
 }
 
@@ -202,15 +202,7 @@ fn measuring(record: &BenchRecord) -> String {
 }
 
 fn setting(record: &BenchRecord) -> String {
-    let machine = Machine {
-        hardware: &record.hardware,
-        libraries: &record.libraries,
-        started: &record.started,
-        finished: &record.finished,
-        version: &record.version,
-        command: &record.command,
-    };
-    section("Machine and versions", "", &machine.html(Vec::new()))
+    section("Machine and versions", "", &account(&record.account, Vec::new()))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::super::evaluate::{ClassFigures, EvaluateRecord, FigureRecord, WorstRecord};
 use super::super::text::{ABSENT, count, escape, fixed, or_absent, percent, significant};
 use super::tables::{Cell, owned, table};
-use super::{Machine, figure, figures, page, section};
+use super::{account, figure, figures, page, section};
 
 /// A matrix of more classes is no picture: its most frequent confusions are listed instead.
 const MOST_CLASSES: usize = 24;
@@ -31,7 +31,7 @@ pub fn evaluate_html(record: &EvaluateRecord) -> String {
         setting(record),
     ]
     .concat();
-    page(&format!("{} – slidestream evaluate", record.found.model.name), &body, &record.version)
+    page(&format!("{} – slidestream evaluate", record.found.model.name), &body, &record.account.version)
 }
 
 fn is_map(record: &EvaluateRecord) -> bool {
@@ -48,7 +48,7 @@ fn header(record: &EvaluateRecord) -> String {
         count(found.images),
         escape(&found.labels),
         escape(&found.ran_on.device),
-        escape(&record.started)
+        escape(&record.account.started)
     )
 }
 
@@ -292,15 +292,7 @@ fn setting(record: &EvaluateRecord) -> String {
         ("ran by", format!("{} on {}: {}", found.ran_on.provider, found.ran_on.device, found.ran_on.reason)),
         ("images", format!("{}, fit {}", found.labels, found.fit)),
     ];
-    let machine = Machine {
-        hardware: &record.hardware,
-        libraries: &record.libraries,
-        started: &record.started,
-        finished: &record.finished,
-        version: &record.version,
-        command: &record.command,
-    };
-    section("Machine, versions and files", "", &machine.html(facts))
+    section("Machine, versions and files", "", &account(&record.account, facts))
 }
 
 #[cfg(test)]
@@ -332,12 +324,7 @@ mod tests {
         let worst = |_| WorstRecord::new(HOSTILE.into(), (Some("a".into()), Some(HOSTILE.into())), 0.9, b"png");
         EvaluateRecord {
             schema: EVALUATE_SCHEMA.into(),
-            started: setting.started,
-            finished: setting.finished,
-            version: setting.version,
-            command: setting.command,
-            libraries: setting.libraries,
-            hardware: setting.hardware,
+            account: setting.account,
             found: EvaluatedRecord {
                 model: ModelRecord {
                     name: HOSTILE.into(),

@@ -4,13 +4,12 @@ mod bench;
 mod evaluate;
 mod tables;
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use super::AccountRecord;
 use super::chart;
 use super::compare::{CompareRecord, Verdict, fastest};
 use super::text::{bytes, count, duration, escape, exact, near_one, significant, times};
-use super::{HardwareRecord, LibraryRecord};
 
 pub use self::bench::bench_html;
 pub use self::evaluate::evaluate_html;
@@ -40,7 +39,7 @@ pub fn compare_html(record: &CompareRecord) -> String {
         setting(record),
     ]
     .concat();
-    page(&format!("{title} – slidestream compare"), &body, &record.version)
+    page(&format!("{title} – slidestream compare"), &body, &record.account.version)
 }
 
 /// A page around a body; it needs nothing but itself.
@@ -69,7 +68,7 @@ fn header(record: &CompareRecord, title: &str) -> String {
         count(input.tiles),
         escape(&input.source),
         escape(&devices.join(", ")),
-        escape(&record.started)
+        escape(&record.account.started)
     )
 }
 
@@ -237,54 +236,34 @@ fn setting(record: &CompareRecord) -> String {
     if let Some(tiles) = record.found.input.slide_tiles {
         facts.push(("whole slide", format!("{} tiles", count(tiles))));
     }
-    let machine = Machine {
-        hardware: &record.hardware,
-        libraries: &record.libraries,
-        started: &record.started,
-        finished: &record.finished,
-        version: &record.version,
-        command: &record.command,
-    };
-    section("Machine, versions and files", "", &(machine.html(facts) + &tables::variants(record)))
+    section("Machine, versions and files", "", &(account(&record.account, facts) + &tables::variants(record)))
 }
 
-/// Where, when and with what a page's figures were made.
-struct Machine<'a> {
-    hardware: &'a HardwareRecord,
-    libraries: &'a BTreeMap<String, LibraryRecord>,
-    started: &'a str,
-    finished: &'a str,
-    version: &'a str,
-    command: &'a [String],
-}
-
-impl Machine<'_> {
-    /// A list that `facts` belong to, and the command line.
-    fn html(&self, facts: Vec<(&str, String)>) -> String {
-        let hardware = self.hardware;
-        let mut all = vec![
-            ("processor", format!("{}, {} logical cores", hardware.cpu, count(hardware.cores as u64))),
-            ("memory", bytes(hardware.memory_bytes)),
-        ];
-        if !hardware.gpus.is_empty() {
-            all.push(("GPU", hardware.gpus.join(", ")));
-        }
-        all.extend(facts);
-        all.push(("started", self.started.to_owned()));
-        all.push(("finished", self.finished.to_owned()));
-        all.push(("slidestream", self.version.to_owned()));
-        let mut list = String::new();
-        for (name, fact) in &all {
-            let _ = writeln!(list, "<dt>{name}</dt><dd>{}</dd>", escape(fact));
-        }
-        for (name, library) in self.libraries {
-            let (name, version) = (escape(name), escape(&library.version));
-            let (path, origin) = (escape(&library.path), escape(&library.origin));
-            let _ = writeln!(list, "<dt>{name}</dt><dd>{version} <code>{path}</code>, {origin}</dd>");
-        }
-        let command: Vec<String> = self.command.iter().map(|word| escape(&quoted(word))).collect();
-        format!("<dl>\n{list}</dl>\n<h3>Command</h3>\n<pre><code>{}</code></pre>\n", command.join(" "))
+/// Where, when and with what a page's figures were made: a list that `facts` belong to, and the command line.
+fn account(account: &AccountRecord, facts: Vec<(&str, String)>) -> String {
+    let hardware = &account.hardware;
+    let mut all = vec![
+        ("processor", format!("{}, {} logical cores", hardware.cpu, count(hardware.cores as u64))),
+        ("memory", bytes(hardware.memory_bytes)),
+    ];
+    if !hardware.gpus.is_empty() {
+        all.push(("GPU", hardware.gpus.join(", ")));
     }
+    all.extend(facts);
+    all.push(("started", account.started.clone()));
+    all.push(("finished", account.finished.clone()));
+    all.push(("slidestream", account.version.clone()));
+    let mut list = String::new();
+    for (name, fact) in &all {
+        let _ = writeln!(list, "<dt>{name}</dt><dd>{}</dd>", escape(fact));
+    }
+    for (name, library) in &account.libraries {
+        let (name, version) = (escape(name), escape(&library.version));
+        let (path, origin) = (escape(&library.path), escape(&library.origin));
+        let _ = writeln!(list, "<dt>{name}</dt><dd>{version} <code>{path}</code>, {origin}</dd>");
+    }
+    let command: Vec<String> = account.command.iter().map(|word| escape(&quoted(word))).collect();
+    format!("<dl>\n{list}</dl>\n<h3>Command</h3>\n<pre><code>{}</code></pre>\n", command.join(" "))
 }
 
 fn section(title: &str, lead: &str, content: &str) -> String {
@@ -382,7 +361,7 @@ mod tests {
         record.found.models[0].name = hostile.to_owned();
         record.found.models[0].variants[0].file = hostile.to_owned();
         record.found.input.source = hostile.to_owned();
-        record.command = vec![hostile.to_owned()];
+        record.account.command = vec![hostile.to_owned()];
         record.found.pictures[0].title = hostile.to_owned();
         record.found.pictures[0].png_base64 = "AA\" onload=\"x".to_owned();
         record.found.gates[0].reason = hostile.to_owned();
