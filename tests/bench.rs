@@ -87,6 +87,29 @@ fn lora_is_counted_proven_timed_and_held_against_a_baseline() {
 }
 
 #[test]
+fn lora_on_several_sessions_is_held_against_one() {
+    let place = Workplace::new();
+    let flags = ["--vit", SMALL, "--ranks", "2", "--batch-size", "2", "--sessions", "2", "--json"];
+    let record = bench(&place, "lora", &flags).code(0).json();
+    assert_eq!(names(&record).len(), 3);
+    for entry in record["entries"].as_array().unwrap() {
+        assert_eq!((entry["sessions"].as_u64(), entry["total_batch_size"].as_u64()), (Some(2), Some(4)));
+        is_scaled_by_two(&entry["scaling"]);
+        let rounds = |of: &Value| of.as_array().unwrap().len();
+        assert_eq!(rounds(&entry["scaling"]["rounds_of_one"]), rounds(&entry["rounds_samples_per_sec"]), "in turns");
+        let busy = entry["utilisation"].as_f64().unwrap();
+        assert!(busy > 0.0 && busy <= 1.0, "{busy}");
+    }
+}
+
+fn is_scaled_by_two(scaling: &Value) {
+    let efficiency = scaling["speedup"]["value"].as_f64().unwrap_or(f64::NAN) / 2.0;
+    assert_eq!(scaling["replicas"], 2);
+    // JSON may lose a number's last bit.
+    assert!((scaling["efficiency"].as_f64().unwrap_or(f64::NAN) - efficiency).abs() < 1e-12, "{scaling}");
+}
+
+#[test]
 fn a_sweep_measures_what_can_be_and_lists_the_rest() {
     let place = Workplace::new();
     let sizes = ["--image", "32", "--patch", "8,5", "--dim", "64", "--depth", "1,2", "--heads", "2"];
@@ -100,11 +123,7 @@ fn a_sweep_measures_what_can_be_and_lists_the_rest() {
     assert_eq!((skipped.len(), skipped[0]["why"].as_str()), (2, Some("image=32 is no multiple of patch=5")));
     for entry in record["entries"].as_array().unwrap() {
         assert_eq!((entry["sessions"].as_u64(), entry["total_batch_size"].as_u64()), (Some(2), Some(4)));
-        let scaling = &entry["scaling"];
-        let efficiency = scaling["speedup"]["value"].as_f64().unwrap() / 2.0;
-        assert_eq!(scaling["replicas"], 2);
-        // JSON may lose a number's last bit.
-        assert!((scaling["efficiency"].as_f64().unwrap() - efficiency).abs() < 1e-12);
+        is_scaled_by_two(&entry["scaling"]);
         assert!(entry["utilisation"].as_f64().unwrap() > 0.0);
     }
     assert!(record["insights"].as_array().unwrap().last().unwrap().as_str().unwrap().starts_with("Recommendation: "));

@@ -37,7 +37,7 @@ fn class_folders(place: &Workplace) {
     }
 }
 
-fn value(record: &Json, pointer: &str) -> f64 {
+fn value(record: &serde_json::Value, pointer: &str) -> f64 {
     record.pointer(pointer).unwrap_or_else(|| panic!("no {pointer}")).as_f64().unwrap()
 }
 
@@ -83,6 +83,23 @@ fn folders_of_tiles_give_known_figures() {
     let page = fs::read_to_string(place.at("out/evaluate.html")).unwrap();
     assert_eq!(page.matches("data:image/png;base64,").count(), 2);
     assert_no_partial_files(&place.at("out"));
+}
+
+#[test]
+fn sessions_that_share_batches_predict_the_same() {
+    let place = Workplace::new();
+    class_folders(&place);
+    let table = |flags: &[&str]| {
+        evaluate(&place, &place.at("data"), &place.model(Kind::Classifier), flags).code(0);
+        fs::read_to_string(place.at("out/predictions.csv")).unwrap()
+    };
+    let by_one = table(&["--batch-size", "3"]);
+    let by_three = table(&["--batch-size", "2", "--sessions", "3"]);
+    assert_eq!(by_one, by_three);
+    let ran_on = &Json::read(place.at("out/evaluate.json"))["ran_on"];
+    let numbers = ["sessions", "batch_size", "total_batch_size"].map(|key| ran_on[key].as_u64().unwrap());
+    assert_eq!(numbers, [3, 2, 6]);
+    assert!(value(ran_on, "/load_secs") > 0.0 && value(ran_on, "/warm_up_secs") > 0.0);
 }
 
 #[test]

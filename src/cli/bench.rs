@@ -10,14 +10,13 @@ use slidestream::engine::{LoadRequest, cohort};
 use slidestream::experiment::ExperimentError;
 use slidestream::experiment::bench::{lora, vit};
 use slidestream::experiment::optimize::Precision;
-use slidestream::inference::{Device, DeviceRequest, ModelCard, ProviderRequest, device};
+use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest, device};
 use slidestream::native;
 use slidestream::onnx::vit::{Pool, VitConfig};
 use slidestream::output::write_atomic;
 use slidestream::report::bench::{
-    BENCH_SCHEMA, Bench, BenchEntry, BenchRecord, Rated, changes, insights, regressions, to_csv,
+    AloneRecord, BENCH_SCHEMA, Bench, BenchEntry, BenchRecord, Rated, changes, insights, regressions, to_csv,
 };
-use slidestream::report::compare::ResourcesRecord;
 use slidestream::report::{SimulateRecord, Simulation, bench_html, count, to_json};
 
 use super::options::BareModelOptions;
@@ -197,7 +196,7 @@ impl LoraArgs {
 }
 
 /// This very command line for one file, so that its memory is its own.
-fn in_own_process(file: &Path) -> Option<ResourcesRecord> {
+fn in_own_process(file: &Path) -> Option<AloneRecord> {
     let mut command = Command::new(std::env::current_exe().ok()?);
     command.args(std::env::args_os().skip(1)).arg("--alone").arg(file);
     let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
@@ -292,9 +291,7 @@ impl Common {
 
     /// How many devices, or sessions on a single one, were asked for, if it is more than one.
     fn replicas(&self) -> Result<Option<usize>, Failure> {
-        let devices = device::resolve(&self.device, self.provider, None)?.devices;
-        let replicas = if devices.len() > 1 { devices.len() } else { self.sessions.map_or(1, NonZeroUsize::get) };
-        Ok(Some(replicas).filter(|replicas| *replicas > 1))
+        Ok(self.load(None).on_one()?.map(|(_, replicas)| replicas))
     }
 
     /// What `simulate` finds out in a process of its own.
@@ -303,20 +300,14 @@ impl Common {
         let mut command = Command::new(std::env::current_exe().map_err(|error| broken(&error))?);
         command.args(["simulate", "--json", "--quiet", "--seconds", &self.seconds.to_string()]);
         command.args(["--vit", &case.config.to_string()]);
-        let devices = device::resolve(&self.device, self.provider, None).map_err(|error| broken(&error))?;
-        let used = if case.is_of_one { &devices.devices[..1] } else { &devices.devices[..] };
-        let names: Vec<String> = used.iter().map(Device::to_string).collect();
-        command.args(["--device", &names.join(","), "--provider", &devices.provider.to_string()]);
-        match self.sessions {
-            // As many on the one device as on each of all.
-            Some(sessions) if case.is_of_one => {
-                let each = if devices.devices.len() > 1 { sessions.get().div_ceil(devices.devices.len()) } else { 1 };
-                command.args(["--sessions", &each.to_string()]);
-            }
-            Some(sessions) => {
-                command.args(["--sessions", &sessions.to_string()]);
-            }
-            None => {}
+        let mut load = self.load(None);
+        if let (true, Some((one, _))) = (case.is_of_one, load.on_one().map_err(|error| broken(&error))?) {
+            load = one;
+        }
+        let found = device::resolve(&load.devices, load.provider, None).map_err(|error| broken(&error))?;
+        command.args(["--device", &device::in_words(&found.devices), "--provider", &found.provider.to_string()]);
+        if let Some(sessions) = load.sessions {
+            command.args(["--sessions", &sessions.to_string()]);
         }
         if let Some(precision) = &case.precision {
             command.args(["--optimize", precision]);
@@ -369,7 +360,8 @@ impl Common {
 }
 
 fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {
-    let heads = ["entry", "samples/s", "[95 %]", "ms/sample", "ratio", "parameters", "share", "GFLOP", "memory"];
+    let heads =
+        ["entry", "samples/s", "[95 %]", "ms/sample", "ratio", "parameters", "share", "GFLOP", "memory", "busy"];
     let rows: Vec<Vec<String>> = record.found.entries.iter().map(|entry| cells(entry).to_vec()).collect();
     let mut text = format!("{}\n\n{}\n", record.found.subject, table(&heads, &rows));
     for left in &record.found.skipped {
@@ -384,7 +376,7 @@ fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {
     text
 }
 
-fn cells(entry: &BenchEntry) -> [String; 9] {
+fn cells(entry: &BenchEntry) -> [String; 10] {
     let rate = &entry.samples_per_sec;
     let ratio = entry
         .ratio
@@ -400,5 +392,15 @@ fn cells(entry: &BenchEntry) -> [String; 9] {
         unmerged.map_or_else(String::new, |lora| format!("{:.2} %", 100.0 * lora.share_of_parameters)),
         format!("{:.2}", entry.flops as f64 / 1e9),
         entry.peak_bytes().map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))),
+        busy(entry),
     ]
+}
+
+/// Of each device where there are several.
+fn busy(entry: &BenchEntry) -> String {
+    let percent = |share: &f64| format!("{:.0} %", 100.0 * share);
+    match entry.utilisation_by_device.len() {
+        0 | 1 => entry.utilisation.as_ref().map_or_else(String::new, percent),
+        _ => entry.utilisation_by_device.values().map(percent).collect::<Vec<_>>().join(", "),
+    }
 }

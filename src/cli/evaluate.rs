@@ -8,7 +8,9 @@ use slidestream::engine::cohort;
 use slidestream::experiment::evaluate::{self, EvaluateRequest, Fit};
 use slidestream::native;
 use slidestream::output::write_atomic;
-use slidestream::report::{EVALUATE_SCHEMA, EvaluateRecord, FigureRecord, evaluate_html, predictions_csv, to_json};
+use slidestream::report::{
+    EVALUATE_SCHEMA, EvaluateRecord, FigureRecord, evaluate_html, predictions_csv, start_in_words, to_json,
+};
 
 use super::options::PredictorArgs;
 use super::{Failure, Outcome, columns, prepare, say, show, table};
@@ -105,6 +107,11 @@ fn summary(record: &EvaluateRecord, out: &Path) -> String {
             pace.tiles_per_sec, ms.p50, ms.p99, pace.batch_size
         );
         facts.push(("model alone", line));
+    }
+    facts.push(("start", start_in_words(&found.ran_on)));
+    if !found.utilisation_by_device.is_empty() {
+        let of = found.utilisation_by_device.iter().map(|(device, busy)| format!("{device} {:.0} %", 100.0 * busy));
+        facts.push(("at work", of.collect::<Vec<_>>().join(", ")));
     }
     let drawn = &found.drawn;
     facts.push(("intervals", format!("{} draws of {} {}", drawn.resamples, drawn.units, drawn.unit)));

@@ -131,12 +131,15 @@ pub(crate) struct PredictorArgs {
     /// Model variant: fp32 and what the card lists
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// auto, cpu, cuda or cuda:N
+    /// auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1, whose devices share every batch
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceRequest,
     /// auto, cpu, openvino, cuda or tensorrt
     #[arg(long, value_name = "NAME", default_value = "auto")]
     provider: ProviderRequest,
+    /// Sessions over all devices [default: one on each]
+    #[arg(long, value_name = "N")]
+    sessions: Option<NonZeroUsize>,
     #[command(flatten)]
     bare: BareModelOptions,
 }
@@ -150,7 +153,7 @@ impl PredictorArgs {
     /// Where and how it runs.
     pub(super) fn options(&self, batch_size: Option<NonZeroUsize>) -> PredictorOptions {
         let (variant, devices, provider) = (self.variant.clone(), self.device.clone(), self.provider);
-        PredictorOptions { variant, devices, provider, batch_size }
+        PredictorOptions { variant, devices, provider, batch_size, sessions: self.sessions }
     }
 }
 

@@ -32,6 +32,27 @@ pub struct LoadRequest {
     pub sessions: Option<NonZeroUsize>,
 }
 
+impl LoadRequest {
+    /// The same on the first of its devices, or by one session where sessions on a single device were asked for, and how
+    /// many of these the request has; `None` if it has just one.
+    ///
+    /// # Errors
+    /// [`EngineError`] if the devices can't be had.
+    pub fn on_one(&self) -> Result<Option<(Self, usize)>, EngineError> {
+        let devices = device::resolve(&self.devices, self.provider, None)?.devices;
+        let one = |sessions| Self { devices: DeviceRequest::Named(devices[..1].to_vec()), sessions, ..self.clone() };
+        let asked = self.sessions.map_or(1, NonZeroUsize::get);
+        Ok(match devices.len() {
+            0 | 1 => (asked > 1).then(|| (one(Some(NonZeroUsize::MIN)), asked)),
+            // As many sessions as each of all devices has.
+            count => {
+                let each = self.sessions.and_then(|sessions| NonZeroUsize::new(sessions.get().div_ceil(count)));
+                Some((one(each), count))
+            }
+        })
+    }
+}
+
 impl Engine {
     /// Loads the model and opens its sessions.
     ///
@@ -80,7 +101,7 @@ impl Engine {
             classes: card.classes.iter().map(|class| class.name.clone()).collect(),
         };
         let execution = ExecutionRecord {
-            device: resolved.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(","),
+            device: device::in_words(&resolved.devices),
             provider: resolved.provider.to_string(),
             reason: resolved.reason,
             placement: BTreeMap::new(),

@@ -21,7 +21,7 @@ impl Paced {
 
     /// What was measured; `None` before the first batch.
     pub(super) fn record(&self) -> Option<PaceRecord> {
-        pace(&self.batches, self.predictor.batch_size())
+        pace(&self.batches, self.predictor.total_batch_size())
     }
 }
 

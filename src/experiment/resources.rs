@@ -1,30 +1,39 @@
 //! What work takes beside time: memory, processor time, and how busy GPUs are and what power they draw.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
-use crate::inference::{Device, device};
+use crate::inference::Device;
+use crate::inference::device::{GpuInfo, GpuMonitor};
 
 /// How often a GPU is asked.
-const SAMPLE: Duration = Duration::from_millis(50);
+const SAMPLE: Duration = Duration::from_millis(100);
 
 /// What was seen of GPUs while something was done.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Seen {
     /// Most memory in use over all of them, above what was in use before.
     pub(super) peak_bytes: Option<u64>,
-    /// Busy shares, 0–1, their mean over the devices at each moment.
-    busy: Vec<f64>,
+    /// Busy shares of each device, 0–1, in the order of time.
+    busy: BTreeMap<String, Vec<f64>>,
     /// Watts over all of them at each moment.
     watts: Vec<f64>,
 }
 
 impl Seen {
-    /// Mean share over the later half, when the model is loaded and warm.
+    /// Each device's mean share over the later half, when the model is loaded and warm.
+    pub(super) fn busy_by_device(&self) -> BTreeMap<String, f64> {
+        let mean = |(device, shares): (&String, &Vec<f64>)| Some((device.clone(), mean_of_later_half(shares)?));
+        self.busy.iter().filter_map(mean).collect()
+    }
+
+    /// The mean of that over the devices.
     pub(super) fn mean_busy(&self) -> Option<f64> {
-        mean_of_later_half(&self.busy)
+        let by_device = self.busy_by_device();
+        (!by_device.is_empty()).then(|| by_device.values().sum::<f64>() / by_device.len() as f64)
     }
 
     /// Mean power over the later half, in watts.
@@ -40,27 +49,27 @@ fn mean_of_later_half(values: &[f64]) -> Option<f64> {
 
 /// Does `work` while the GPUs among `devices` are watched.
 pub(super) fn watched<T>(devices: &[Device], work: impl FnOnce() -> T) -> (T, Seen) {
-    let before = gpus(devices).map(|gpus| used_bytes(&gpus));
+    let Some(monitor) = monitor(devices) else { return (work(), Seen::default()) };
+    let before = used_bytes(&monitor.look());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let watch = scope.spawn(|| watch(devices, &done));
+        let watch = scope.spawn(|| watch(&monitor, &done));
         let result = work();
         done.store(true, Ordering::Release);
         let mut seen = watch.join().unwrap_or_default();
-        seen.peak_bytes = seen.peak_bytes.zip(before).map(|(peak, before)| peak.saturating_sub(before));
+        seen.peak_bytes = seen.peak_bytes.map(|peak| peak.saturating_sub(before));
         (result, seen)
     })
 }
 
-fn watch(devices: &[Device], done: &AtomicBool) -> Seen {
+fn watch(monitor: &GpuMonitor, done: &AtomicBool) -> Seen {
     let mut seen = Seen::default();
     while !done.load(Ordering::Acquire) {
-        let Some(gpus) = gpus(devices) else { break };
+        let gpus = monitor.look();
         seen.peak_bytes = seen.peak_bytes.max(Some(used_bytes(&gpus)));
-        let busy: Vec<f64> =
-            gpus.iter().filter_map(|gpu| gpu.busy_percent).map(|busy| f64::from(busy) / 100.0).collect();
-        if !busy.is_empty() {
-            seen.busy.push(busy.iter().sum::<f64>() / busy.len() as f64);
+        for gpu in &gpus {
+            let device = Device::Cuda { index: gpu.index }.to_string();
+            seen.busy.entry(device).or_default().extend(gpu.busy_percent.map(|busy| f64::from(busy) / 100.0));
         }
         let watts: Option<f64> =
             gpus.iter().map(|gpu| gpu.milliwatts.map(|milliwatts| f64::from(milliwatts) / 1e3)).sum();
@@ -70,17 +79,16 @@ fn watch(devices: &[Device], done: &AtomicBool) -> Seen {
     seen
 }
 
-/// The GPUs among `devices`; `None` if there is none.
-fn gpus(devices: &[Device]) -> Option<Vec<device::GpuInfo>> {
-    let is_meant = |gpu: &device::GpuInfo| devices.contains(&Device::Cuda { index: gpu.index });
-    if devices.iter().all(|device| *device == Device::Cpu) {
-        return None;
-    }
-    let gpus: Vec<device::GpuInfo> = device::list().gpus.into_iter().filter(is_meant).collect();
-    (!gpus.is_empty()).then_some(gpus)
+/// For the GPUs among `devices`; `None` if there is none.
+fn monitor(devices: &[Device]) -> Option<GpuMonitor> {
+    let index = |device: &Device| match device {
+        Device::Cuda { index } => Some(*index),
+        Device::Cpu => None,
+    };
+    GpuMonitor::open(&devices.iter().filter_map(index).collect::<Vec<_>>())
 }
 
-fn used_bytes(gpus: &[device::GpuInfo]) -> u64 {
+fn used_bytes(gpus: &[GpuInfo]) -> u64 {
     gpus.iter().map(|gpu| gpu.memory_total_bytes.saturating_sub(gpu.memory_free_bytes)).sum()
 }
 
@@ -113,8 +121,11 @@ mod tests {
 
     #[test]
     fn the_later_half_counts() {
-        let seen = Seen { peak_bytes: None, busy: vec![0.0, 0.2, 0.8, 1.0], watts: Vec::new() };
-        assert_eq!((seen.mean_busy(), seen.mean_watts()), (Some(0.9), None));
+        let busy = [("cuda:0", vec![0.0, 0.2, 0.8, 1.0]), ("cuda:1", vec![1.0, 0.5]), ("cuda:2", vec![])];
+        let busy = busy.map(|(device, shares)| (device.to_owned(), shares)).into();
+        let seen = Seen { peak_bytes: None, busy, watts: Vec::new() };
+        assert_eq!(seen.busy_by_device(), [("cuda:0".to_owned(), 0.9), ("cuda:1".to_owned(), 0.5)].into());
+        assert_eq!((seen.mean_busy(), seen.mean_watts()), (Some(0.7), None));
         let (result, seen) = watched(&[Device::Cpu], || 7);
         assert_eq!((result, seen), (7, Seen::default()));
     }

@@ -11,6 +11,8 @@ use ort::session::Session;
 use sysinfo::System;
 
 use super::error::SessionError;
+use super::gpu::Gpus;
+pub use super::gpu::{GpuInfo, GpuMonitor};
 use crate::native;
 use crate::onnx::{ElementType, build::Graph};
 
@@ -176,7 +178,7 @@ pub fn resolve(
     preferred: Option<Provider>,
 ) -> Result<Resolved, SessionError> {
     native::onnx_runtime()?;
-    resolve_with(devices, provider, preferred, &gpus(), &mut probe)
+    resolve_with(devices, provider, preferred, &Gpus::find(), &mut probe)
 }
 
 /// [`resolve`] with the machine as arguments.
@@ -192,11 +194,11 @@ fn resolve_with(
         DeviceRequest::AllGpus if gpus.visible.is_empty() => {
             return Err(SessionError::NoDevice { device: Device::Cuda { index: 0 }, reason: gpus.why_none() });
         }
-        DeviceRequest::AllGpus => gpus.devices(),
+        DeviceRequest::AllGpus => devices_of(gpus),
         DeviceRequest::Auto => return resolve_auto(provider, preferred, gpus, probe),
     };
     for &device in &asked {
-        gpus.require(device)?;
+        require(gpus, device)?;
     }
     let provider = match provider {
         ProviderRequest::Named(provider) => Ok((provider, "as asked for".to_owned())),
@@ -218,7 +220,7 @@ fn resolve_auto(
     gpus: &Gpus,
     probe: &mut dyn FnMut(Provider, Device) -> Result<(), String>,
 ) -> Result<Resolved, SessionError> {
-    let gpu = gpus.devices().first().copied();
+    let gpu = devices_of(gpus).first().copied();
     let on = |device, provider, reason| Ok(Resolved { devices: vec![device], provider, reason });
     if let ProviderRequest::Named(provider) = provider {
         let device = match (provider.runs_on(Device::Cpu), gpu) {
@@ -336,23 +338,6 @@ pub struct CpuInfo {
     pub features: Vec<&'static str>,
 }
 
-/// An NVIDIA GPU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GpuInfo {
-    /// Its CUDA index.
-    pub index: u32,
-    /// Its name.
-    pub name: String,
-    /// Its memory in bytes.
-    pub memory_total_bytes: u64,
-    /// Free memory in bytes when it was asked.
-    pub memory_free_bytes: u64,
-    /// Per cent of the moment before in which a kernel ran, if the driver tells.
-    pub busy_percent: Option<u32>,
-    /// Power that it draws in mW, if the driver tells.
-    pub milliwatts: Option<u32>,
-}
-
 /// What there is to run on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Devices {
@@ -364,10 +349,16 @@ pub struct Devices {
     pub why_no_gpus: Option<String>,
 }
 
+/// Devices as they are asked for: `cuda:0,cuda:1`.
+#[must_use]
+pub fn in_words(devices: &[Device]) -> String {
+    devices.iter().map(Device::to_string).collect::<Vec<_>>().join(",")
+}
+
 /// Lists the devices. Needs neither ONNX Runtime nor CUDA: a GPU in the list may yet have no provider that loads.
 #[must_use]
 pub fn list() -> Devices {
-    let gpus = gpus();
+    let gpus = Gpus::find();
     let why_no_gpus = gpus.visible.is_empty().then(|| gpus.why_none());
     Devices { cpu: cpu(), gpus: gpus.visible, why_no_gpus }
 }
@@ -375,7 +366,22 @@ pub fn list() -> Devices {
 /// Free memory of a GPU in bytes; `None` for the CPU, or if the driver doesn't tell.
 pub(super) fn free_bytes(device: Device) -> Option<u64> {
     let Device::Cuda { index } = device else { return None };
-    gpus().visible.into_iter().find(|gpu| gpu.index == index).map(|gpu| gpu.memory_free_bytes)
+    Gpus::find().visible.into_iter().find(|gpu| gpu.index == index).map(|gpu| gpu.memory_free_bytes)
+}
+
+fn devices_of(gpus: &Gpus) -> Vec<Device> {
+    gpus.visible.iter().map(|gpu| Device::Cuda { index: gpu.index }).collect()
+}
+
+fn require(gpus: &Gpus, device: Device) -> Result<(), SessionError> {
+    if device == Device::Cpu || devices_of(gpus).contains(&device) {
+        return Ok(());
+    }
+    let reason = match gpus.visible.len() {
+        0 => gpus.why_none(),
+        count => format!("{count} GPU(s) are visible, counted from 0"),
+    };
+    Err(SessionError::NoDevice { device, reason })
 }
 
 fn cpu() -> CpuInfo {
@@ -399,77 +405,6 @@ fn cpu() -> CpuInfo {
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         features,
     }
-}
-
-/// The GPUs that CUDA will see, in its order.
-#[derive(Debug, Default)]
-struct Gpus {
-    visible: Vec<GpuInfo>,
-    /// The driver's reason, if it can't be asked.
-    error: Option<String>,
-}
-
-impl Gpus {
-    fn devices(&self) -> Vec<Device> {
-        self.visible.iter().map(|gpu| Device::Cuda { index: gpu.index }).collect()
-    }
-
-    fn why_none(&self) -> String {
-        match &self.error {
-            Some(error) => format!("no NVIDIA driver: {error}"),
-            None => "no NVIDIA GPU is visible".to_owned(),
-        }
-    }
-
-    fn require(&self, device: Device) -> Result<(), SessionError> {
-        if device == Device::Cpu || self.devices().contains(&device) {
-            return Ok(());
-        }
-        let reason = match self.visible.len() {
-            0 => self.why_none(),
-            count => format!("{count} GPU(s) are visible, counted from 0"),
-        };
-        Err(SessionError::NoDevice { device, reason })
-    }
-}
-
-fn gpus() -> Gpus {
-    fn all(nvml: &nvml_wrapper::Nvml) -> Result<Vec<(String, GpuInfo)>, nvml_wrapper::error::NvmlError> {
-        let gpu = |index| {
-            let device = nvml.device_by_index(index)?;
-            let memory = device.memory_info()?;
-            let gpu = GpuInfo {
-                index,
-                name: device.name()?,
-                memory_total_bytes: memory.total,
-                memory_free_bytes: memory.free,
-                busy_percent: device.utilization_rates().ok().map(|rates| rates.gpu),
-                milliwatts: device.power_usage().ok(),
-            };
-            Ok((device.uuid()?, gpu))
-        };
-        (0..nvml.device_count()?).map(gpu).collect()
-    }
-    let found = nvml_wrapper::Nvml::init().and_then(|nvml| all(&nvml));
-    match found {
-        Ok(all) => Gpus { visible: visible(all, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()), error: None },
-        Err(error) => Gpus { visible: Vec::new(), error: Some(error.to_string()) },
-    }
-}
-
-/// What `CUDA_VISIBLE_DEVICES` leaves of the driver's list, in its order and numbered anew: CUDA's own rule, by which
-/// the list ends at the first entry that names no GPU.
-fn visible(all: Vec<(String, GpuInfo)>, setting: Option<&str>) -> Vec<GpuInfo> {
-    let Some(setting) = setting else { return all.into_iter().map(|(_, gpu)| gpu).collect() };
-    let find = |entry: &str| {
-        let entry = entry.trim();
-        let is_meant = |(uuid, gpu): &&(String, GpuInfo)| match entry.parse::<u32>() {
-            Ok(index) => gpu.index == index,
-            Err(_) => !entry.is_empty() && uuid.starts_with(entry),
-        };
-        all.iter().find(is_meant).map(|(_, gpu)| gpu.clone())
-    };
-    setting.split(',').map_while(find).zip(0..).map(|(gpu, index)| GpuInfo { index, ..gpu }).collect()
 }
 
 #[cfg(test)]
@@ -568,34 +503,15 @@ mod tests {
                 if loads.contains(&provider) { Ok(()) } else { Err("its library is missing".to_owned()) }
             };
             let actual = resolve_with(devices, *provider, *preferred, &gpus, &mut probe);
-            let actual = actual.map_err(|error| error.to_string()).map(|resolved| {
-                let devices: Vec<_> = resolved.devices.iter().map(Device::to_string).collect();
-                format!("{} {}: {}", devices.join(","), resolved.provider, resolved.reason)
-            });
+            let actual = actual
+                .map_err(|error| error.to_string())
+                .map(|resolved| format!("{} {}: {}", in_words(&resolved.devices), resolved.provider, resolved.reason));
             let matches = match (&actual, expected) {
                 (Ok(actual), Ok(expected)) | (Err(actual), Err(expected)) => actual.starts_with(expected),
                 _ => false,
             };
             assert!(matches, "{devices:?} {provider:?} {loads:?}: {actual:?} instead of {expected:?}");
         }
-    }
-
-    #[test]
-    fn visible_gpus_follow_cudas_own_rule() {
-        let all = || vec![("GPU-aa".to_owned(), gpu(0, "a")), ("GPU-bb".to_owned(), gpu(1, "b"))];
-        let names = |setting| visible(all(), setting).iter().map(|gpu| gpu.name.clone()).collect::<String>();
-        let cases = [
-            (None, "ab"),
-            (Some(""), ""),
-            (Some("1,0"), "ba"),
-            (Some("GPU-b"), "b"),
-            (Some("1,7,0"), "b"),
-            (Some("-1"), ""),
-        ];
-        for (setting, expected) in cases {
-            assert_eq!(names(setting), expected, "{setting:?}");
-        }
-        assert_eq!(visible(all(), Some("1"))[0].index, 0);
     }
 
     #[test]

@@ -12,13 +12,14 @@ pub mod device;
 mod error;
 pub mod evaluate;
 pub mod fake;
+mod gpu;
 pub mod ort;
 mod pixels;
 pub mod placement;
 mod predictor;
 mod wsinfer;
 
-use ndarray::{Array2, Array4};
+use ndarray::{Array2, Array4, Axis, ErrorKind, ShapeError};
 
 pub use self::ort::{OrtSession, SessionFactory, SessionOptions, StopHandle};
 pub use card::{Activation, BareModel, Class, ModelCard, Pool, Task, Variant};
@@ -69,6 +70,17 @@ impl Prediction {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Puts the tiles of another prediction of the same model behind its own.
+    fn append(&mut self, more: &Self) -> Result<(), ShapeError> {
+        match (self, more) {
+            (Self::Classes(rows), Self::Classes(more)) | (Self::Features(rows), Self::Features(more)) => {
+                rows.append(Axis(0), more.view())
+            }
+            (Self::Map(maps), Self::Map(more)) => maps.append(Axis(0), more.view()),
+            _ => Err(ShapeError::from_kind(ErrorKind::IncompatibleShape)),
+        }
     }
 
     /// The same after an activation, for the prediction of a session that applied none; features stay as they are.

@@ -1,6 +1,8 @@
 //! One model, loaded and warm, for tiles that are at hand: no slide, no stages.
 
 use std::num::NonZeroUsize;
+use std::panic::resume_unwind;
+use std::time::Instant;
 
 use super::device::{self, Device, DeviceRequest, Provider, ProviderRequest};
 use super::{ModelCard, OrtSession, Prediction, Session, SessionError, SessionFactory, SessionOptions, Variant};
@@ -13,17 +15,20 @@ const WARM_UP: usize = 2;
 pub struct PredictorOptions {
     /// The card's variant; else `fp32`, or the only one.
     pub variant: Option<String>,
-    /// The device, just one.
+    /// The devices, which share every batch.
     pub devices: DeviceRequest,
     /// The execution provider.
     pub provider: ProviderRequest,
-    /// Tiles per batch, for those who ask [`Predictor::batch_size`]; `None` is left to the device.
+    /// Tiles per batch of one session; `None` is left to the device.
     pub batch_size: Option<NonZeroUsize>,
+    /// Sessions over all devices; `None` for one on each. Several on the CPU share its cores.
+    pub sessions: Option<NonZeroUsize>,
 }
 
 impl Default for PredictorOptions {
     fn default() -> Self {
-        Self { variant: None, devices: DeviceRequest::Auto, provider: ProviderRequest::Auto, batch_size: None }
+        let (devices, provider) = (DeviceRequest::Auto, ProviderRequest::Auto);
+        Self { variant: None, devices, provider, batch_size: None, sessions: None }
     }
 }
 
@@ -31,41 +36,53 @@ impl Default for PredictorOptions {
 pub struct Predictor {
     card: ModelCard,
     variant: Variant,
-    session: OrtSession,
-    device: Device,
+    /// Those of one device after the other's.
+    sessions: Vec<OrtSession>,
+    devices: Vec<Device>,
     provider: Provider,
     reason: String,
     batch_size: usize,
+    load_secs: f64,
+    warm_up_secs: f64,
 }
 
 impl Predictor {
-    /// Loads a model and warms it up; on the CPU its one session has all cores.
+    /// Loads a model and warms it up; on the CPU a single session has all cores.
     ///
     /// # Errors
-    /// [`SessionError`] if the variant, device or provider can't be had, or the model contradicts its card.
+    /// [`SessionError`] if the variant, devices or provider can't be had, or the model contradicts its card.
     pub fn open(card: ModelCard, options: &PredictorOptions) -> Result<Self, SessionError> {
+        let start = Instant::now();
         let variant = match &options.variant {
             Some(name) => card.variant(name)?,
             None => card.default_variant()?,
         };
         let variant = variant.clone();
         let found = device::resolve(&options.devices, options.provider, variant.provider)?;
-        let device = match found.devices[..] {
-            [device] => device,
-            _ => {
-                let device = found.devices.get(1).copied().unwrap_or(Device::Cpu);
-                return Err(SessionError::NoDevice { device, reason: "one device is used here".to_owned() });
+        let (devices, provider) = (found.devices, found.provider);
+        let per_device = options.sessions.map_or(1, |sessions| sessions.get().div_ceil(devices.len()));
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let intra_threads = (per_device > 1).then(|| NonZeroUsize::new(cores / per_device));
+        let intra_threads = intra_threads.map(|threads| threads.unwrap_or(NonZeroUsize::MIN));
+        let (mut sessions, mut batch_size) = (Vec::new(), usize::MAX);
+        for &device in &devices {
+            let options_here = SessionOptions { device, provider, intra_threads };
+            let factory = SessionFactory::new(&card, &variant, options_here)?;
+            batch_size = match options.batch_size {
+                Some(size) => size.get(),
+                None => batch_size.min(factory.auto_batch_size()?),
+            };
+            for _ in 0..per_device {
+                sessions.push(factory.open()?);
             }
-        };
-        let provider = found.provider;
-        let factory = SessionFactory::new(&card, &variant, SessionOptions { device, provider, intra_threads: None })?;
-        let batch_size = match options.batch_size {
-            Some(size) => size.get(),
-            None => factory.auto_batch_size()?,
-        };
-        let session = factory.open()?;
-        let mut predictor = Self { card, variant, session, device, provider, reason: found.reason, batch_size };
+        }
+        let load_secs = start.elapsed().as_secs_f64();
+        let reason = found.reason;
+        let mut predictor =
+            Self { card, variant, sessions, devices, provider, reason, batch_size, load_secs, warm_up_secs: 0.0 };
+        let start = Instant::now();
         predictor.warm_up()?;
+        predictor.warm_up_secs = start.elapsed().as_secs_f64();
         Ok(predictor)
     }
 
@@ -75,7 +92,7 @@ impl Predictor {
     /// # Errors
     /// [`SessionError::TileBytes`] for a tile of another size, else why the model did not run.
     pub fn predict_tile(&mut self, rgb: &[u8]) -> Result<Vec<f32>, SessionError> {
-        Ok(match self.session.predict(&[rgb])? {
+        Ok(match self.predict(&[rgb])? {
             Prediction::Classes(values) | Prediction::Features(values) => values.into_iter().collect(),
             Prediction::Map(values) => values.into_iter().collect(),
         })
@@ -95,8 +112,8 @@ impl Predictor {
 
     /// On what it runs.
     #[must_use]
-    pub fn device(&self) -> Device {
-        self.device
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
     }
 
     /// The execution provider.
@@ -105,29 +122,68 @@ impl Predictor {
         self.provider
     }
 
-    /// Why this device and provider, in a sentence.
+    /// Why these devices and this provider, in a sentence.
     #[must_use]
     pub fn reason(&self) -> &str {
         &self.reason
     }
 
-    /// Tiles per batch that were asked for, or that suit the device.
+    /// Sessions over all devices.
+    #[must_use]
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Tiles per batch of one session, as asked for or as suits the devices.
     #[must_use]
     pub fn batch_size(&self) -> usize {
         self.batch_size
     }
 
+    /// Tiles that keep all sessions at work with full batches.
+    #[must_use]
+    pub fn total_batch_size(&self) -> usize {
+        self.batch_size * self.sessions.len()
+    }
+
+    /// Seconds until the sessions were open.
+    #[must_use]
+    pub fn load_secs(&self) -> f64 {
+        self.load_secs
+    }
+
+    /// Seconds of the first batches, in which kernels are chosen and compiled.
+    #[must_use]
+    pub fn warm_up_secs(&self) -> f64 {
+        self.warm_up_secs
+    }
+
     fn warm_up(&mut self) -> Result<(), SessionError> {
         let side = self.card.tile_size as usize;
         let tile = vec![128; side * side * 3];
-        let batch = vec![&tile[..]; self.batch_size];
-        (0..WARM_UP).try_for_each(|_| self.session.predict(&batch).map(drop))
+        let batch = vec![&tile[..]; self.total_batch_size()];
+        (0..WARM_UP).try_for_each(|_| self.predict(&batch).map(drop))
     }
 }
 
 impl Session for Predictor {
+    /// The sessions share the tiles in equal parts, each a batch.
     fn predict(&mut self, tiles: &[&[u8]]) -> Result<Prediction, SessionError> {
-        self.session.predict(tiles)
+        if let [session] = &mut self.sessions[..] {
+            return session.predict(tiles);
+        }
+        let part = tiles.len().div_ceil(self.sessions.len()).max(1);
+        let parts: Vec<Result<Prediction, SessionError>> = std::thread::scope(|scope| {
+            let shares = self.sessions.iter_mut().zip(tiles.chunks(part));
+            let running: Vec<_> = shares.map(|(session, part)| scope.spawn(|| session.predict(part))).collect();
+            running.into_iter().map(|share| share.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        });
+        let mut parts = parts.into_iter();
+        let mut whole = parts.next().ok_or(SessionError::EmptyBatch)??;
+        for part in parts {
+            whole.append(&part?).map_err(|error| self.sessions[0].changing_shape(&error))?;
+        }
+        Ok(whole)
     }
 }
 
@@ -154,6 +210,15 @@ mod tests {
             // Batches of other sizes may add in another order.
             assert!(alone.iter().zip(row).all(|(a, b)| (a - b).abs() < 1e-5), "{alone:?} {row}");
         }
+        let shared = PredictorOptions { sessions: NonZeroUsize::new(2), batch_size: NonZeroUsize::new(1), ..options };
+        let mut replicas = Predictor::open(card(), &shared).unwrap();
+        assert_eq!((replicas.sessions(), replicas.batch_size(), replicas.total_batch_size()), (2, 1, 2));
+        let three = [&tiles[0][..], &tiles[1], &tiles[0]];
+        let Prediction::Classes(by_two) = replicas.predict(&three).unwrap() else { panic!() };
+        let Prediction::Classes(by_one) = predictor.predict(&three).unwrap() else { panic!() };
+        assert!(by_two.iter().zip(&by_one).all(|(a, b)| (a - b).abs() < 1e-5), "{by_two} {by_one}");
+        assert!(by_two.row(0) != by_two.row(1), "rows keep their order");
+        assert!(matches!(replicas.predict(&[]), Err(SessionError::EmptyBatch)));
         let wrong = predictor.predict_tile(&tiles[0][3..]);
         assert!(matches!(wrong, Err(SessionError::TileBytes { index: 0, .. })));
     }

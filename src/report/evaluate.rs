@@ -1,5 +1,7 @@
 //! What is written down about a model held against labels: `evaluate.json` and the table of its predictions.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::compare::base64;
@@ -54,6 +56,8 @@ pub struct EvaluatedRecord {
     pub worst: Vec<WorstRecord>,
     /// The model alone.
     pub pace: Option<PaceRecord>,
+    /// Share of the time in which each GPU was at work, 0–1, over the later half; empty for a CPU.
+    pub utilisation_by_device: BTreeMap<String, f64>,
     /// Seconds for reading and predicting all images.
     pub seconds: f64,
     /// What is absent, and why.

@@ -27,7 +27,7 @@ pub use self::optimize::{
 };
 pub use self::predict::{
     FailedImage, FolderRecord, ImageClass, ImageRecord, PREDICT_SCHEMA, PaceRecord, PredictRecord, PredictedRecord,
-    RanOnRecord, TileRecord,
+    RanOnRecord, TileRecord, start_in_words,
 };
 pub use self::simulate::{
     EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
@@ -321,6 +321,15 @@ pub struct StageRecord {
     pub starved_secs: f64,
     /// Seconds without room downstream.
     pub blocked_secs: f64,
+}
+
+impl StageRecord {
+    /// Share of its workers' time at work, 0–1; `None` if there was no time.
+    #[must_use]
+    pub fn utilisation(&self) -> Option<f64> {
+        let all = self.busy_secs + self.starved_secs + self.blocked_secs;
+        (all > 0.0).then(|| self.busy_secs / all)
+    }
 }
 
 /// A file that was written.

@@ -43,22 +43,41 @@ pub struct PredictedRecord {
 }
 
 /// Where and how a model ran on tiles that were at hand.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RanOnRecord {
-    /// Such as `cpu` or `cuda:0`.
+    /// Such as `cpu` or `cuda:0,cuda:1`.
     pub device: String,
     /// The execution provider.
     pub provider: String,
     /// Why this device and provider.
     pub reason: String,
-    /// Tiles per batch.
+    /// Sessions over all devices.
+    pub sessions: usize,
+    /// Tiles per batch of one session.
     pub batch_size: usize,
+    /// Tiles that all sessions predict side by side.
+    pub total_batch_size: usize,
+    /// Seconds until the sessions were open.
+    pub load_secs: f64,
+    /// Seconds of the first batches, in which kernels are chosen and compiled; measured apart from all others.
+    pub warm_up_secs: f64,
+}
+
+/// Sessions, batches and how long the start took: `2 sessions with 8 tiles each; 0.40 s to load, 0.10 s for the first batches`.
+#[must_use]
+pub fn start_in_words(ran_on: &RanOnRecord) -> String {
+    let sessions = if ran_on.sessions == 1 { "1 session".to_owned() } else { format!("{} sessions", ran_on.sessions) };
+    let each = if ran_on.sessions == 1 { "" } else { " each" };
+    format!(
+        "{sessions} with {} tiles{each}; {:.2} s to load, {:.2} s for the first batches",
+        ran_on.batch_size, ran_on.load_secs, ran_on.warm_up_secs
+    )
 }
 
 /// How fast a warm model ran, without reading, decoding or anything else.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PaceRecord {
-    /// Tiles per batch.
+    /// Tiles per batch, over all sessions.
     pub batch_size: usize,
     /// Tiles that were predicted.
     pub tiles: u64,

@@ -98,6 +98,9 @@ pub struct PointRecord {
     pub peak_device_bytes: Option<u64>,
     /// Share of the time in which the devices were at work, 0–1.
     pub device_utilisation: Option<f64>,
+    /// Of each device; empty for a CPU.
+    #[serde(default)]
+    pub utilisation_by_device: BTreeMap<String, f64>,
     /// Mean power of the devices.
     pub watts: Option<f64>,
     /// False if the time was up before the median was known well.

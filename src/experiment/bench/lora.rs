@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, EngineError, LoadRequest};
+use super::sessions_busy;
+use crate::engine::{Engine, EngineError, LoadRequest, stage_record};
 use crate::experiment::agreement::{self, Agreement};
 use crate::experiment::race::{Contestant, Race, RaceRules, race};
 use crate::experiment::simulate::{SEED, TILES, TOLERANCE, config, size};
@@ -17,8 +18,8 @@ use crate::onnx::lora::{Adapter, RandomLora, attach, merge};
 use crate::onnx::{ElementType, Model, Rewriter};
 use crate::pipeline::Cancel;
 use crate::report::ModelSizeRecord;
-use crate::report::bench::{Bench, BenchEntry, BenchKind, LoraRecord};
-use crate::report::compare::{IntervalRecord, ResourcesRecord};
+use crate::report::bench::{AloneRecord, Bench, BenchEntry, BenchKind, LoraRecord, ScalingRecord};
+use crate::report::compare::IntervalRecord;
 
 /// A turn should be long against the clock and the filling of the channels.
 const TURN_SECS: f64 = 0.25;
@@ -26,8 +27,8 @@ const TURN_SECS: f64 = 0.25;
 const LEAST_ROUNDS: usize = 7;
 /// Tiles on which merged and unmerged outputs are compared.
 const PROOF_TILES: usize = 4;
-/// Batches of every session while memory is watched: it has grown by then.
-const ALONE_BATCHES: usize = 3;
+/// Turns of a model alone while it is watched: a GPU tells how busy it is a few times a second.
+const ALONE_TURNS: usize = 4;
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -52,18 +53,19 @@ struct Subject {
     card: ModelCard,
     size: ModelSizeRecord,
     lora: Option<LoraRecord>,
-    memory: ResourcesRecord,
+    alone: AloneRecord,
 }
 
-/// Measures the model, and per rank the unmerged and the merged one, all in turns. `alone` measures what a model's file
-/// takes in a process of its own, where one can be had; `say` is told what is being done.
+/// Measures the model, and per rank the unmerged and the merged one, all in turns, each also on one device or by one
+/// session where more were asked for. `alone` measures what a model's file takes in a process of its own, where one can
+/// be had; `say` is told what is being done.
 ///
 /// # Errors
 /// [`ExperimentError`] if the model has no such layers or can't be run, or merging changes its outputs.
 pub fn bench(
     card: &ModelCard,
     request: &LoraRequest,
-    alone: &mut dyn FnMut(&Path) -> Option<ResourcesRecord>,
+    alone: &mut dyn FnMut(&Path) -> Option<AloneRecord>,
     say: &mut dyn FnMut(&str),
 ) -> Result<Bench, ExperimentError> {
     let variant = variant_of(card, &request.load)?;
@@ -78,20 +80,14 @@ pub fn bench(
     }
     for subject in &mut subjects {
         say(&format!("{}: measuring memory", subject.name));
-        let file = &subject.card.default_variant()?.file;
-        subject.memory = alone(file).unwrap_or_default();
+        match alone(&subject.card.default_variant()?.file) {
+            Some(seen) => subject.alone = seen,
+            None => say(&format!("{}: a process of its own could not be had: its memory is not known", subject.name)),
+        }
     }
     say("measuring speed, in turns");
-    let (engines, race, counts) = timed(&subjects, request)?;
-    let rates: Vec<Vec<f64>> = race
-        .seconds
-        .iter()
-        .zip(counts)
-        .map(|(seconds, count)| seconds.iter().map(|s| count as f64 / s).collect())
-        .collect();
-    let entry = |((subject, engine), of_rounds): ((Subject, &Engine), &Vec<f64>)| {
-        subject.entry(engine, of_rounds, rates.first(), &card.name)
-    };
+    let timed = Timed::of(&subjects, request)?;
+    let entries = subjects.into_iter().enumerate().map(|(index, subject)| subject.entry(&timed, index, &card.name));
     let ranks: Vec<String> = request.ranks.iter().map(usize::to_string).collect();
     Ok(Bench {
         kind: BenchKind::Lora,
@@ -102,31 +98,32 @@ pub fn bench(
             ranks.join(", "),
             request.alpha
         ),
-        entries: subjects.into_iter().zip(&engines).zip(&rates).map(entry).collect(),
+        entries: entries.collect(),
         skipped: Vec::new(),
     })
 }
 
-/// What the model in `file` takes of memory, if this process does nothing else.
+/// What the model in `file` takes of memory and devices, if this process does nothing else.
 ///
 /// # Errors
 /// [`ExperimentError`] if it can't be run.
-pub fn alone(card: &ModelCard, file: &Path, load: &LoadRequest) -> Result<ResourcesRecord, ExperimentError> {
+pub fn alone(card: &ModelCard, file: &Path, load: &LoadRequest) -> Result<AloneRecord, ExperimentError> {
     let variant = variant_of(card, load)?;
     let devices = device::resolve(&load.devices, load.provider, variant.provider)?.devices;
     let card = with_file(card, stand_in(variant, file)?);
     let tiles = TileSet::synthetic(card.tile_size, TILES, SEED).tiles;
     let run = || {
         let mut engine = Engine::load(card.clone(), &of_one_variant(load), config(&card))?;
-        let count = ALONE_BATCHES * engine.execution().sessions * engine.batch_size().get();
+        let count = ALONE_TURNS * tiles_per_turn(&mut engine, &tiles)?;
         engine.simulate(&tiles, count, &Cancel::default(), &mut |_| {})
     };
     let (ran, seen) = resources::watched(&devices, run);
-    ran?;
-    Ok(ResourcesRecord {
+    let stages: Vec<_> = ran?.stages.iter().map(stage_record).collect();
+    Ok(AloneRecord {
         peak_host_bytes: resources::peak_host_bytes(),
         peak_device_bytes: seen.peak_bytes,
-        device_utilisation: None,
+        utilisation: seen.mean_busy().or_else(|| sessions_busy(&stages)),
+        utilisation_by_device: seen.busy_by_device(),
     })
 }
 
@@ -172,7 +169,7 @@ impl Maker<'_> {
         model.save_with_weights(&file)?;
         let card = with_file(self.card, stand_in(self.variant, &file)?);
         let (size, _) = size::size(&card, card.default_variant()?, None)?;
-        Ok(Subject { name, card, size, lora, memory: ResourcesRecord::default() })
+        Ok(Subject { name, card, size, lora, alone: AloneRecord::default() })
     }
 }
 
@@ -260,28 +257,60 @@ fn largest(prediction: &Prediction) -> f64 {
     })
 }
 
-/// Runs all subjects in turns: their engines, their times, and how many tiles a turn of each has.
-fn timed(subjects: &[Subject], request: &LoraRequest) -> Result<(Vec<Engine>, Race, Vec<usize>), ExperimentError> {
-    let mut load = of_one_variant(&request.load);
+/// How fast the subjects ran, all in turns.
+struct Timed {
+    engines: Vec<Engine>,
+    /// Tiles per second of each round, by subject.
+    rates: Vec<Vec<f64>>,
+    /// How many devices or sessions there are, and the rates on one of them; `None` if there is just one.
+    on_one: Option<(usize, Vec<Vec<f64>>)>,
+}
+
+impl Timed {
+    fn of(subjects: &[Subject], request: &LoraRequest) -> Result<Self, ExperimentError> {
+        let mut load = of_one_variant(&request.load);
+        let mut engines = opened(subjects, &mut load)?;
+        let one = load.on_one()?;
+        if let Some((mut one, _)) = one.clone() {
+            engines.extend(opened(subjects, &mut one)?);
+        }
+        let side = subjects.first().map_or(1, |subject| subject.card.tile_size);
+        let tiles = TileSet::synthetic(side, TILES, SEED).tiles;
+        let counts = engines.iter_mut().map(|engine| tiles_per_turn(engine, &tiles)).collect::<Result<Vec<_>, _>>()?;
+        let contestants = engines.iter_mut().zip(&counts).map(|(engine, count)| {
+            let tiles = &tiles;
+            Box::new(move || engine.simulate(tiles, *count, &Cancel::default(), &mut |_| {}).map(drop))
+                as Contestant<'_, EngineError>
+        });
+        let rules =
+            RaceRules { warm_up: 1, least_rounds: LEAST_ROUNDS, tolerance: TOLERANCE, most_time: request.most_time };
+        let Race { seconds, .. } = race(&mut contestants.collect::<Vec<_>>(), rules)?;
+        let rate = |(seconds, count): (&Vec<f64>, usize)| seconds.iter().map(|s| count as f64 / s).collect();
+        let mut rates: Vec<Vec<f64>> = seconds.iter().zip(counts).map(rate).collect();
+        let of_one = rates.split_off(subjects.len());
+        engines.truncate(subjects.len());
+        Ok(Self { engines, rates, on_one: one.map(|(_, replicas)| (replicas, of_one)) })
+    }
+
+    /// What more devices or sessions bring to a subject.
+    fn scaling(&self, index: usize) -> Option<ScalingRecord> {
+        let (replicas, of_one) = self.on_one.as_ref()?;
+        let speedup = Bootstrap::default().ratio(&self.rates[index], &of_one[index])?;
+        let efficiency = speedup.value / *replicas as f64;
+        let rounds_of_one = of_one[index].clone();
+        Some(ScalingRecord { replicas: *replicas, rounds_of_one, speedup: speedup.into(), efficiency })
+    }
+}
+
+/// An engine for each; all take the batch that suits the first.
+fn opened(subjects: &[Subject], load: &mut LoadRequest) -> Result<Vec<Engine>, ExperimentError> {
     let mut engines: Vec<Engine> = Vec::with_capacity(subjects.len());
     for subject in subjects {
-        let engine = Engine::load(subject.card.clone(), &load, config(&subject.card))?;
-        // All take the batch that suits the baseline.
+        let engine = Engine::load(subject.card.clone(), load, config(&subject.card))?;
         load.batch_size = Some(engine.batch_size());
         engines.push(engine);
     }
-    let side = subjects.first().map_or(1, |subject| subject.card.tile_size);
-    let tiles = TileSet::synthetic(side, TILES, SEED).tiles;
-    let counts = engines.iter_mut().map(|engine| tiles_per_turn(engine, &tiles)).collect::<Result<Vec<_>, _>>()?;
-    let contestants = engines.iter_mut().zip(&counts).map(|(engine, count)| {
-        let tiles = &tiles;
-        Box::new(move || engine.simulate(tiles, *count, &Cancel::default(), &mut |_| {}).map(drop))
-            as Contestant<'_, EngineError>
-    });
-    let rules =
-        RaceRules { warm_up: 1, least_rounds: LEAST_ROUNDS, tolerance: TOLERANCE, most_time: request.most_time };
-    let race = race(&mut contestants.collect::<Vec<_>>(), rules)?;
-    Ok((engines, race, counts))
+    Ok(engines)
 }
 
 /// As many full batches for every session as make a turn long enough.
@@ -296,13 +325,14 @@ fn tiles_per_turn(engine: &mut Engine, tiles: &[Vec<u8>]) -> Result<usize, Engin
 }
 
 impl Subject {
-    /// `rounds`: tiles per second of each round; those of `baseline` ran next to them.
-    fn entry(self, engine: &Engine, rounds: &[f64], baseline: Option<&Vec<f64>>, model: &str) -> BenchEntry {
+    /// `index` is its place among the subjects, of which the first is the baseline.
+    fn entry(self, timed: &Timed, index: usize, model: &str) -> BenchEntry {
+        let (engine, rounds) = (&timed.engines[index], timed.rates[index].clone());
         let execution = engine.execution();
-        let samples = Samples::new(rounds.to_vec());
+        let samples = Samples::new(rounds.clone());
         let value = samples.as_ref().map_or(f64::NAN, Samples::median);
         let interval = samples.as_ref().and_then(Samples::median_interval);
-        let ratio = baseline.and_then(|baseline| Bootstrap::default().ratio(rounds, baseline));
+        let ratio = Bootstrap::default().ratio(&rounds, &timed.rates[0]);
         let batch_size = engine.batch_size().get();
         BenchEntry {
             name: self.name,
@@ -316,14 +346,15 @@ impl Subject {
             flops: self.size.flops,
             samples_per_sec: interval.map_or(IntervalRecord { value, low: value, high: value }, Into::into),
             ms_per_sample: 1e3 / value,
-            rounds_samples_per_sec: rounds.to_vec(),
+            rounds_samples_per_sec: rounds,
             ratio: ratio.map(Into::into),
-            peak_host_bytes: self.memory.peak_host_bytes,
-            peak_device_bytes: self.memory.peak_device_bytes,
-            utilisation: None,
+            peak_host_bytes: self.alone.peak_host_bytes,
+            peak_device_bytes: self.alone.peak_device_bytes,
+            utilisation: self.alone.utilisation,
+            utilisation_by_device: self.alone.utilisation_by_device,
             is_stable: samples.is_some_and(|samples| samples.is_stable(TOLERANCE)),
             lora: self.lora,
-            scaling: None,
+            scaling: timed.scaling(index),
         }
     }
 }

@@ -2,3 +2,10 @@
 
 pub mod lora;
 pub mod vit;
+
+use crate::report::StageRecord;
+
+/// Share of the time in which the sessions were at work, for a CPU, which does not tell of itself.
+fn sessions_busy(stages: &[StageRecord]) -> Option<f64> {
+    stages.iter().find(|stage| stage.name == "infer").and_then(StageRecord::utilisation)
+}

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 
+use super::sessions_busy;
 use crate::experiment::ExperimentError;
 use crate::measure::Bootstrap;
 use crate::onnx::vit::{Pool, VitConfig, VitError};
@@ -178,10 +179,6 @@ fn entry(case: &Case, found: &Simulation) -> Result<BenchEntry, String> {
     let point = found.points.first().ok_or("nothing was measured")?;
     let sessions = found.execution.sessions;
     let rate = point.tiles_per_sec;
-    // Of a CPU what its sessions tell of themselves.
-    let infer = point.stages.iter().find(|stage| stage.name == "infer");
-    let sessions_busy =
-        infer.map(|stage| stage.busy_secs / (stage.busy_secs + stage.starved_secs + stage.blocked_secs));
     Ok(BenchEntry {
         // With its batch size also where that is the device's own choice.
         name: Case { batch_size: NonZeroUsize::new(point.batch_size), ..case.clone() }.to_string(),
@@ -199,7 +196,8 @@ fn entry(case: &Case, found: &Simulation) -> Result<BenchEntry, String> {
         ratio: None,
         peak_host_bytes: found.peak_host_bytes,
         peak_device_bytes: point.peak_device_bytes,
-        utilisation: point.device_utilisation.or(sessions_busy.filter(|share| share.is_finite())),
+        utilisation: point.device_utilisation.or_else(|| sessions_busy(&point.stages)),
+        utilisation_by_device: point.utilisation_by_device.clone(),
         is_stable: point.is_stable,
         lora: None,
         scaling: None,
@@ -216,6 +214,8 @@ fn scaling(all: &BenchEntry, one: &Simulation, replicas: usize) -> Option<Scalin
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
     use crate::report::PointRecord;
     use crate::report::compare::IntervalRecord;
 
@@ -254,6 +254,7 @@ mod tests {
             share_of_ceiling: None,
             peak_device_bytes: None,
             device_utilisation: None,
+            utilisation_by_device: BTreeMap::new(),
             watts: None,
             is_stable: true,
             stages: Vec::new(),

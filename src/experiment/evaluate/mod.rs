@@ -6,6 +6,7 @@ mod figures;
 mod gallery;
 mod predictions;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -15,8 +16,8 @@ pub use super::images::Fit;
 use super::labels::{self, Labelled, Truth};
 use super::pace::Paced;
 use super::predict::{model_record, ran_on};
-use super::{ExperimentError, images};
-use crate::inference::{ModelCard, Predictor, PredictorOptions, Task};
+use super::{ExperimentError, images, resources};
+use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
 use crate::measure::{ClassCounts, Confusion};
 use crate::report::{EvaluatedRecord, PaceRecord, SampleRecord, WorstRecord};
 
@@ -51,7 +52,11 @@ pub fn evaluate(request: &EvaluateRequest, say: &mut dyn FnMut(&str)) -> Result<
     let labelled = labels::read(&request.labels, card)?;
     let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
     let count = labelled.items.len();
-    say(&format!("predicting {count} labelled images with {} on {}", card.name, session.predictor.device()));
+    say(&format!(
+        "predicting {count} labelled images with {} on {}",
+        card.name,
+        device::in_words(session.predictor.devices())
+    ));
     if card.task == Task::Segmentation {
         segmentation(request, &labelled, &mut session, say)
     } else {
@@ -64,6 +69,18 @@ struct Taken {
     pace: Option<PaceRecord>,
     /// With reading and decoding.
     seconds: f64,
+    /// How busy each GPU was.
+    busy: BTreeMap<String, f64>,
+}
+
+fn timed<T>(
+    session: &mut Paced,
+    predict: impl FnOnce(&mut Paced) -> Result<Predicted<T>, ExperimentError>,
+) -> Result<(Predicted<T>, Taken), ExperimentError> {
+    let (devices, start) = (session.predictor.devices().to_vec(), Instant::now());
+    let (predicted, seen) = resources::watched(&devices, || predict(session));
+    let (pace, seconds, busy) = (session.record(), start.elapsed().as_secs_f64(), seen.busy_by_device());
+    Ok((predicted?, Taken { pace, seconds, busy }))
 }
 
 fn classification(
@@ -72,9 +89,8 @@ fn classification(
     session: &mut Paced,
     say: &mut dyn FnMut(&str),
 ) -> Result<Evaluation, ExperimentError> {
-    let (card, start) = (&request.card, Instant::now());
-    let mut predicted = predictions::classify(labelled, card, session, request.fit)?;
-    let taken = Taken { pace: session.record(), seconds: start.elapsed().as_secs_f64() };
+    let card = &request.card;
+    let (mut predicted, taken) = timed(session, |session| predictions::classify(labelled, card, session, request.fit))?;
     let groups = number_groups(labelled, predicted.images.iter_mut().map(|sample| &mut sample.group));
     some_are_left(&predicted, labelled)?;
     say("drawing intervals");
@@ -90,9 +106,8 @@ fn segmentation(
     session: &mut Paced,
     say: &mut dyn FnMut(&str),
 ) -> Result<Evaluation, ExperimentError> {
-    let (card, start) = (&request.card, Instant::now());
-    let mut predicted = predictions::segment(labelled, card, session)?;
-    let taken = Taken { pace: session.record(), seconds: start.elapsed().as_secs_f64() };
+    let card = &request.card;
+    let (mut predicted, taken) = timed(session, |session| predictions::segment(labelled, card, session))?;
     let groups = number_groups(labelled, predicted.images.iter_mut().map(|image| &mut image.group));
     some_are_left(&predicted, labelled)?;
     let mut by_group = vec![ClassCounts::new(card.classes.len()); groups.count];
@@ -152,6 +167,7 @@ fn record<T>(
         drawn: computed.drawn,
         worst,
         pace: taken.pace,
+        utilisation_by_device: taken.busy,
         seconds: taken.seconds,
         notes: computed.notes,
     }

@@ -54,7 +54,7 @@ pub(super) fn classify(
     session: &mut Paced,
     fit: Fit,
 ) -> Result<Predicted<Sample>, ExperimentError> {
-    let (batch, classes) = (session.predictor.batch_size(), card.classes.len());
+    let (batch, classes) = (session.predictor.total_batch_size(), card.classes.len());
     let (mut samples, mut failed, mut confusion) = (Vec::new(), Vec::new(), Confusion::new(classes + 1));
     let items: Vec<(usize, &Item)> = labelled.items.iter().enumerate().collect();
     // Whole batches, so that only the very last one may be smaller.
@@ -112,7 +112,7 @@ pub(super) fn map(item: &Item, card: &ModelCard, session: &mut Paced) -> Result<
         Truth::Mask(mask) => labels::mask(mask, image.dimensions(), card.classes.len())?,
         Truth::Class(_) => Vec::new(),
     };
-    let batch = session.predictor.batch_size();
+    let batch = session.predictor.total_batch_size();
     Ok((truth, images::segment(&image, &item.image, card, session, batch)?))
 }
 

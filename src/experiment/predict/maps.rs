@@ -23,7 +23,7 @@ pub(super) fn map(
     session: &mut Paced,
     out: &Path,
 ) -> Result<ImageRecord, ExperimentError> {
-    let batch = session.predictor.batch_size();
+    let batch = session.predictor.total_batch_size();
     let map = images::segment(image, path, card, session, batch)?;
     let mut classes = Vec::with_capacity(image.width() as usize * image.height() as usize);
     for class in map.class_map() {

@@ -11,7 +11,7 @@ use image::RgbImage;
 use super::ExperimentError;
 use super::images;
 use super::pace::Paced;
-use crate::inference::{ModelCard, Predictor, PredictorOptions, Task};
+use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
 use crate::measure::predicted_class;
 use crate::report::{
     FailedImage, FolderRecord, ImageClass, ImageRecord, ModelRecord, PredictedRecord, RanOnRecord, TileRecord,
@@ -97,10 +97,14 @@ pub(super) fn model_record(predictor: &Predictor) -> ModelRecord {
 
 pub(super) fn ran_on(predictor: &Predictor) -> RanOnRecord {
     RanOnRecord {
-        device: predictor.device().to_string(),
+        device: device::in_words(predictor.devices()),
         provider: predictor.provider().to_string(),
         reason: predictor.reason().to_owned(),
+        sessions: predictor.sessions(),
         batch_size: predictor.batch_size(),
+        total_batch_size: predictor.total_batch_size(),
+        load_secs: predictor.load_secs(),
+        warm_up_secs: predictor.warm_up_secs(),
     }
 }
 
@@ -197,7 +201,7 @@ fn classify(
     }
     let chosen: Vec<(u32, u32)> = sampled(corners.len(), request.max_tiles).map(|index| corners[index]).collect();
     let mut scores = Vec::with_capacity(chosen.len());
-    let batch = session.predictor.batch_size();
+    let batch = session.predictor.total_batch_size();
     for corners in chosen.chunks(batch) {
         let tiles: Vec<Vec<u8>> = corners.iter().map(|corner| images::cut(image, *corner, side)).collect();
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();

@@ -199,6 +199,7 @@ impl Measured {
             share_of_ceiling: ceiling.map(|ceiling| flops_per_sec / ceiling),
             peak_device_bytes: seen.peak_bytes,
             device_utilisation: seen.mean_busy(),
+            utilisation_by_device: seen.busy_by_device(),
             watts: seen.mean_watts(),
             is_stable,
             stages: rounds.last().map(|round| round.stages.iter().map(stage_record).collect()).unwrap_or_default(),

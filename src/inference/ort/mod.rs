@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use ndarray::{Array2, Array4};
+use ndarray::{Array2, Array4, ShapeError};
 use ort::session::RunOptions;
 use ort::session::builder::PrepackedWeights;
 
@@ -308,6 +308,16 @@ impl OrtSession {
         })
     }
 
+    /// That the model gives another number of features for a second part of the same batch.
+    pub(super) fn changing_shape(&self, error: &ShapeError) -> SessionError {
+        SessionError::Output {
+            path: self.shared.variant.file.clone(),
+            output: self.shared.contract.output.clone(),
+            got: format!("of changing shape ({error})"),
+            expected: "one shape".to_owned(),
+        }
+    }
+
     /// After the first batch: reads where its operators ran, and goes on without a profile.
     fn read_placement(&mut self) -> Result<(), SessionError> {
         let Some(folder) = self.profile.take() else { return Ok(()) };
@@ -355,13 +365,7 @@ impl Session for OrtSession {
                 Array4::from_shape_vec((tiles.len(), channels, height, width), scores).map(Prediction::Map)
             }
         };
-        // Only if a model gives another number of features for a second part of the same batch.
-        prediction.map_err(|error| SessionError::Output {
-            path: self.shared.variant.file.clone(),
-            output: self.shared.contract.output.clone(),
-            got: format!("of changing shape ({error})"),
-            expected: "one shape".to_owned(),
-        })
+        prediction.map_err(|error| self.changing_shape(&error))
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) fn entry(name: &str, rate: f64) -> BenchEntry {
         peak_host_bytes: Some(200 << 20),
         peak_device_bytes: None,
         utilisation: Some(0.97),
+        utilisation_by_device: BTreeMap::new(),
         is_stable: true,
         lora: None,
         scaling: None,

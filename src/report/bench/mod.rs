@@ -1,5 +1,7 @@
 //! What is written down about a benchmark: `bench.json`, its table, what the numbers say, and what changed since another.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::AccountRecord;
@@ -93,12 +95,28 @@ pub struct BenchEntry {
     pub peak_device_bytes: Option<u64>,
     /// Share of the time in which the devices, or the sessions on a CPU, were at work, 0–1.
     pub utilisation: Option<f64>,
+    /// Of each device; empty for a CPU.
+    #[serde(default)]
+    pub utilisation_by_device: BTreeMap<String, f64>,
     /// False if the time was up before the median was known well.
     pub is_stable: bool,
     /// What LoRA adds; absent for a model without.
     pub lora: Option<LoraRecord>,
     /// Against one device, or one session; absent where there is just one.
     pub scaling: Option<ScalingRecord>,
+}
+
+/// What a model takes in a process that does nothing else.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AloneRecord {
+    /// Largest resident memory of the process.
+    pub peak_host_bytes: Option<u64>,
+    /// Largest memory on the devices, less what others held before.
+    pub peak_device_bytes: Option<u64>,
+    /// Share of the time in which the devices, or the sessions on a CPU, were at work, 0–1.
+    pub utilisation: Option<f64>,
+    /// Of each device; empty for a CPU.
+    pub utilisation_by_device: BTreeMap<String, f64>,
 }
 
 /// An adapter of random numbers, beside a model's weights or merged into them.

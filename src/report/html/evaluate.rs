@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::super::evaluate::{ClassFigures, EvaluateRecord, FigureRecord, WorstRecord};
+use super::super::predict::start_in_words;
 use super::super::text::{ABSENT, count, escape, fixed, or_absent, percent, significant};
 use super::tables::{Cell, owned, table};
 use super::{account, figure, figures, page, section};
@@ -290,6 +291,7 @@ fn setting(record: &EvaluateRecord) -> String {
         ("model", format!("{} ({}), {}", found.model.name, found.model.variant, found.model.file)),
         ("SHA-256", found.model.sha256.clone()),
         ("ran by", format!("{} on {}: {}", found.ran_on.provider, found.ran_on.device, found.ran_on.reason)),
+        ("start", start_in_words(&found.ran_on)),
         ("images", format!("{}, fit {}", found.labels, found.fit)),
     ];
     section("Machine, versions and files", "", &account(&record.account, facts))
@@ -297,6 +299,8 @@ fn setting(record: &EvaluateRecord) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::super::super::compare::example;
     use super::super::super::{
         BinRecord, DrawnRecord, EVALUATE_SCHEMA, EvaluatedRecord, FailedImage, Figures, ModelRecord, RanOnRecord,
@@ -338,7 +342,11 @@ mod tests {
                     device: "cpu".into(),
                     provider: "cpu".into(),
                     reason: "asked".into(),
+                    sessions: 1,
                     batch_size: 1,
+                    total_batch_size: 1,
+                    load_secs: 0.5,
+                    warm_up_secs: 0.25,
                 },
                 labels: HOSTILE.into(),
                 fit: "exact".into(),
@@ -359,6 +367,7 @@ mod tests {
                 drawn: DrawnRecord { unit: "images".into(), units: 1, resamples: 200, confidence: 0.95, seed: 0 },
                 worst: (0..3).map(worst).collect(),
                 pace: None,
+                utilisation_by_device: BTreeMap::new(),
                 seconds: 0.0,
                 notes: vec![HOSTILE.into()],
             },
