@@ -188,11 +188,16 @@ fn bad_input_is_told() {
     evaluate(&place, &data, &model, &[]).code(2).says(&["blood: \"blood\" is none of the model's classes: pale, deep"]);
     fs::remove_dir(data.join("blood")).unwrap();
     RgbImage::new(200, 150).save(data.join("pale/large.png")).unwrap();
-    evaluate(&place, &data, &model, &[]).code(2).says(&["large.png: is 200 × 150 px", "help: ", "fit"]);
+    // The others go on.
+    evaluate(&place, &data, &model, &[]).code(3).shows(&["8 predicted, 1 not read"]).says(&[
+        "large.png: is 200 × 150 px",
+        "help: ",
+        "fit",
+    ]);
     evaluate(&place, &data, &model, &["--fit", "resize"]).code(0).shows(&["9 predicted"]);
     evaluate(&place, &data, &place.model(Kind::Features), &[]).code(2).says(&["features have no classes"]);
     evaluate(&place, &data, &place.model(Kind::Segmentation), &[]).code(2).says(&["image,mask"]);
-    evaluate(&place, &place.at("none.csv"), &model, &[]).says(&["none.csv"]);
+    evaluate(&place, &place.at("none.csv"), &model, &[]).code(1).says(&["none.csv"]);
     let broken = place.write("other/pale/a.png", "no picture");
     evaluate(&place, broken.parent().unwrap().parent().unwrap(), &model, &[])
         .code(2)

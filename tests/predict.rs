@@ -77,7 +77,7 @@ fn an_image_is_the_mean_of_its_tiles() {
         "pale",
         "6 of 6",
         "Of 1 of 1 image the edge",
-        "in batches of 16",
+        "in batches of 6",
     ]);
 }
 
@@ -152,6 +152,29 @@ fn a_segmentation_gives_masks_and_overlays() {
     predict(&place, &["a.png"], &model, &[]).code(2).says(&["is a segmentation, whose masks need a folder", "set out"]);
     RgbImage::new(width, height).save(place.at("a.jpg")).unwrap();
     predict(&place, &["a.png", "a.jpg"], &model, &flags).code(2).says(&["would have the same mask file as"]);
+}
+
+#[test]
+fn a_folder_of_maps_is_counted_together() {
+    let place = Workplace::new();
+    std::fs::create_dir(place.at("in")).unwrap();
+    for (name, color) in [("a", [250, 2, 3]), ("b", [2, 3, 250])] {
+        RgbImage::from_pixel(TILE, TILE, Rgb(color)).save(place.at(&format!("in/{name}.png"))).unwrap();
+    }
+    let model = place.model(Kind::Segmentation);
+    let (out, inputs) = (place.at("out"), place.at("in"));
+    predict(&place, &["in"], &model, &["--out", out.to_str().unwrap()]).code(0).shows(&["2 images"]);
+    let record = Json::read(out.join("predict.json"));
+    let folder = &record["folders"][0];
+    let counts = [0, 1, 2].map(|class: usize| folder["classes"][class]["count"].as_u64().unwrap());
+    assert_eq!(counts, [u64::from(TILE * TILE), 0, u64::from(TILE * TILE)]);
+    assert!(folder["label"].is_null());
+    for file in ["a.mask.png", "b.mask.png", "a.overlay.png", "b.overlay.png"] {
+        assert!(out.join(file).is_file(), "{file}");
+    }
+    // Its masks would be images of the folder.
+    let refused = predict(&place, &["in"], &model, &["--out", inputs.to_str().unwrap()]);
+    refused.code(2).says(&["is the folder of the images", "choose another folder"]);
 }
 
 #[test]

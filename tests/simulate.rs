@@ -4,7 +4,7 @@ mod support;
 
 use slidestream::slide::synthetic::{SvsOptions, SyntheticSlide, Tissue};
 
-use support::{Finished, Workplace};
+use support::{Finished, Json, Workplace};
 
 const SMALL: &str = "image=32,patch=8,dim=64,depth=2,heads=2,mlp=2";
 /// Its layers have weights enough that bytes gain.
@@ -70,6 +70,8 @@ fn every_precision_is_made_and_run() {
         let found = outcome.code(0).json();
         assert!(found["model"]["variant"].as_str().unwrap().starts_with(precision), "{}", found["model"]);
         assert_eq!(found["ceiling_flops_per_sec"].is_null(), precision == "int8");
+        let size = &found["size"];
+        assert_eq!(size["parameters"], size["formula"]["parameters"], "scales of bytes are no parameters");
     }
 }
 
@@ -90,13 +92,43 @@ fn a_real_slide_tells_its_tissue_and_how_fast_it_is_read() {
 }
 
 #[test]
+fn it_runs_what_a_run_runs() {
+    let place = Workplace::new();
+    let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(300, 200, 5) };
+    let slide = place.slide("s.svs", &slide, &SvsOptions::default());
+    let (slide, out) = (slide.to_str().unwrap(), place.at("out"));
+    let flags = ["--model", CELLS, "--overlap", "25%", "--sessions", "2", "--readers", "1"];
+    let found = simulate(&place, &[&flags[..], &["--slide", slide, "--json"]].concat()).code(0).json();
+    let run = [&["run", slide, "--device", "cpu", "--out", out.to_str().unwrap()], &flags[..]].concat();
+    place.slidestream(run).code(0);
+    let (ran, of_slide) = (Json::read(out.join("run.json")), Json::read(out.join("slides/s.json")));
+    assert_eq!(found["execution"], ran["execution"]);
+    assert_eq!(found["slide"]["tiles"], of_slide["coverage"]["inferred"]);
+    assert_eq!(found["model"], ran["model"]);
+}
+
+#[test]
 fn what_has_no_answer_is_refused() {
     let place = Workplace::new();
-    let refused = |more: &[&str]| simulate(&place, more);
+    // Before anything is measured.
+    let refused = |more: &[&str]| {
+        let outcome = simulate(&place, more);
+        assert!(!outcome.stderr.contains("measuring"), "{}", outcome.stderr);
+        outcome
+    };
     refused(&["--vit", SMALL, "--slide-size", "20x1000"]).code(2).says(&["a tile of 32 px is larger than the slide"]);
-    refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", "32px"]).code(1).says(&["no step"]);
+    refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", "32px"]).code(2).says(&["no step"]);
     refused(&["--vit", SMALL, "--slide-size", "100"]).code(2).says(&["100000x80000"]);
-    refused(&["--vit", SMALL, "--slide-size", "100x100", "--tissue-fraction", "40"]).code(2).says(&["between 0 and 1"]);
+    refused(&["--vit", SMALL, "--slide-size", "100x100", "--tissue-fraction", "40"])
+        .code(2)
+        .says(&["above 0 and at most 1"]);
+    refused(&["--vit", SMALL, "--slide-size", "100x100", "--tissue-fraction", "0"]).code(2).says(&["above 0"]);
+    refused(&["--vit", SMALL, "--profile", "prostatectomy", "--overlap", "8px"]).code(2).says(&["number of tiles"]);
+    refused(&["--vit", SMALL, "--overlap", "8px"]).code(2).says(&["give --slide or --slide-size"]);
+    refused(&["--vit", SMALL, "--slide", "none.svs"]).code(1).says(&["none.svs"]);
+    refused(&["--vit", SMALL, "--batch-sizes", "18446744073709551615"]).code(2).says(&["from 1 to 65536"]);
+    refused(&["--vit", SMALL, "--task", "segmentation"]).code(2).says(&["--vit takes --target-mpp alone"]);
+    refused(&["--vit", "dim=8192,depth=128,mlp=16,heads=1"]).code(2).says(&["parameters are more than"]);
     refused(&["--vit", "dim=64,width=3"]).code(2).says(&["width"]);
     refused(&["--vit", "image=33,patch=8"]).code(2).says(&["33"]);
     refused(&["--vit", SMALL, "--profile", "toe"]).code(2).says(&["biopsy, resection, prostatectomy"]);

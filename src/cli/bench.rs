@@ -19,9 +19,9 @@ use slidestream::report::bench::{
 };
 use slidestream::report::{SimulateRecord, Simulation, bench_html, count, to_json};
 
-use super::options::BareModelOptions;
+use super::options::{BareModelOptions, batch_size, workers};
 use super::report::{other_machine, read};
-use super::{Failure, Outcome, prepare, say, show, simulate, table};
+use super::{Failure, Outcome, prepare, say, show, simulate, table, temporary_folder};
 
 /// Exit code 4 if a rate fell below the baseline's
 #[derive(clap::Args, Debug)]
@@ -59,7 +59,7 @@ struct LoraArgs {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "qkv,proj")]
     targets: Vec<String>,
     /// Tiles per batch [default: by the device]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = batch_size)]
     batch_size: Option<NonZeroUsize>,
     /// Tell what a file takes of memory; the program calls itself so
     #[arg(long, hide = true)]
@@ -100,7 +100,7 @@ struct VitArgs {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     precision: Vec<Precision>,
     /// Tiles per batch of each session [default: by the device]
-    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = batch_size)]
     batch_sizes: Vec<NonZeroUsize>,
     #[command(flatten)]
     common: Common,
@@ -116,7 +116,7 @@ struct Common {
     #[arg(long, value_name = "NAME", default_value = "auto")]
     provider: ProviderRequest,
     /// Sessions over all devices
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = workers)]
     sessions: Option<NonZeroUsize>,
     /// Most seconds to measure, of `vit` each entry, once there were the fewest rounds
     #[arg(long, value_name = "N", default_value = "60")]
@@ -159,14 +159,13 @@ fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
         return Err(Failure::usage(format!("--alpha {}: must be above 0", args.alpha)));
     }
     let started = cohort::now();
-    let folder = tempfile::tempdir().map_err(|source| ExperimentError::File {
-        path: std::env::temp_dir(),
-        doing: "written",
-        source,
-    })?;
+    let folder = temporary_folder()?;
     let mut talk = args.common.talk();
     let card = match &args.vit {
-        Some(config) => ModelCard { name: vit::name_of(config), ..simulate::built(config, folder.path(), &mut talk)? },
+        Some(config) => ModelCard {
+            name: vit::name_of(config),
+            ..simulate::built(config, folder.path(), args.bare.of_vit()?, &mut talk)?
+        },
         None => args.card(Path::new(""))?,
     };
     let mut ranks: Vec<usize> = args.ranks.iter().map(|rank| rank.get()).collect();
@@ -189,7 +188,7 @@ impl LoraArgs {
     fn card(&self, file: &Path) -> Result<ModelCard, Failure> {
         match (&self.model, &self.vit) {
             (Some(path), _) => Ok(ModelCard::load(path, &self.bare.model()?)?),
-            (None, Some(config)) => simulate::card_of(config, file),
+            (None, Some(config)) => simulate::card_of(config, file, self.bare.of_vit()?),
             (None, None) => Err(Failure::usage("name a --model or describe a --vit")),
         }
     }

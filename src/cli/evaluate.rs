@@ -12,7 +12,7 @@ use slidestream::report::{
     EVALUATE_SCHEMA, EvaluateRecord, FigureRecord, evaluate_html, predictions_csv, start_in_words, to_json,
 };
 
-use super::options::PredictorArgs;
+use super::options::{PredictorArgs, batch_size};
 use super::{Failure, Outcome, columns, prepare, say, show, table};
 
 /// Writes evaluate.json, evaluate.html and predictions.csv; exit code 3 if images can't be read
@@ -24,7 +24,7 @@ pub(super) struct Args {
     #[command(flatten)]
     predictor: PredictorArgs,
     /// Tiles per batch [default: by the device]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = batch_size)]
     batch_size: Option<NonZeroUsize>,
     /// How an image of another size becomes a tile: exact (it is an error) or resize (shorter side, then the middle)
     #[arg(long, value_name = "HOW", default_value = "exact")]
@@ -76,19 +76,20 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     }
     for failed in &record.found.failed {
         say(&format!("not read: {}: {}", failed.path, failed.reason));
+        failed.hint.iter().for_each(|hint| say(&format!("help: {hint}")));
     }
     Ok(if record.found.failed.is_empty() { Outcome::Done } else { Outcome::Partly })
 }
 
 fn summary(record: &EvaluateRecord, out: &Path) -> String {
     let found = &record.found;
-    let figures = found.figures.named().into_iter().map(|(name, figure)| {
+    let is_map = found.is_map();
+    let figures = found.figures.named(is_map).into_iter().map(|(name, figure)| {
         let (low, high) = interval(&figure);
         vec![name.to_owned(), format!("{:.4}", figure.value), low, high]
     });
     let mut text = table(&["figure", "value", "95 % from", "to"], &figures.collect::<Vec<_>>());
     text.push('\n');
-    let is_map = found.figures.mean_dice.is_some();
     let (items, f1) = if is_map { ("pixels", "Dice") } else { ("images", "F1") };
     let classes = found.classes.iter().map(|class| {
         let last = if is_map { class.iou } else { class.auc };
@@ -114,7 +115,9 @@ fn summary(record: &EvaluateRecord, out: &Path) -> String {
         facts.push(("at work", of.collect::<Vec<_>>().join(", ")));
     }
     let drawn = &found.drawn;
-    facts.push(("intervals", format!("{} draws of {} {}", drawn.resamples, drawn.units, drawn.unit)));
+    if drawn.resamples > 0 {
+        facts.push(("intervals", format!("{} draws of {} {}", drawn.resamples, drawn.units, drawn.unit)));
+    }
     facts.push(("images", format!("{} predicted, {} not read", found.images, found.failed.len())));
     text.push_str(&columns(facts));
     for note in &found.notes {

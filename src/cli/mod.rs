@@ -181,6 +181,26 @@ fn show(text: &str) {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).ok();
 }
 
+/// A folder for a command's own files, gone at its end and when the user interrupts it, which ends the program.
+fn temporary_folder() -> Result<tempfile::TempDir, Failure> {
+    let folder = tempfile::tempdir().map_err(|source| ExperimentError::File {
+        path: std::env::temp_dir(),
+        doing: "written",
+        source,
+    })?;
+    let path = folder.path().to_owned();
+    ctrlc::set_handler(move || {
+        std::fs::remove_dir_all(&path).ok();
+        std::process::exit(130);
+    })
+    .map_err(no_handler)?;
+    Ok(folder)
+}
+
+fn no_handler(error: ctrlc::Error) -> Failure {
+    Failure { message: format!("no handler for interrupts: {error}"), hint: None, code: 1 }
+}
+
 /// Names and values in two columns.
 fn columns<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
     let rows: Vec<(&str, String)> = rows.into_iter().collect();

@@ -1,4 +1,5 @@
-//! The options of `run` and `tiles`: typed once as flags, once more as the keys of a TOML file, merged and parsed here.
+//! The options of `run` and `tiles`: typed once as flags, once more as the keys of a TOML file, merged and parsed here;
+//! and those that other commands share.
 //!
 //! Precedence: flag > file > model card > default. A flag `--target-mpp` is the key `target_mpp` in the file and the
 //! name in every record and message.
@@ -79,7 +80,7 @@ pub(crate) struct TilingOptions {
 }
 
 /// What is said of a model that has no card.
-#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct BareOptions {
     /// classification, segmentation or features
@@ -120,6 +121,33 @@ impl BareModelOptions {
     pub(super) fn model(&self) -> Result<BareModel, Failure> {
         self.rest.model(self.target_mpp)
     }
+
+    /// The resolution that a described ViT sees; everything else follows from its description.
+    pub(super) fn of_vit(&self) -> Result<Option<Mpp>, Failure> {
+        if self.rest == BareOptions::default() {
+            return Ok(self.target_mpp);
+        }
+        Err(Failure::usage("of the options for a bare .onnx model, --vit takes --target-mpp alone"))
+    }
+}
+
+/// More tiles in a batch, and more sessions or readers, are a slip of the finger.
+const MOST_TILES: usize = 65_536;
+const MOST_WORKERS: usize = 1024;
+
+/// Parses tiles per batch.
+pub(crate) fn batch_size(text: &str) -> Result<NonZeroUsize, String> {
+    up_to(text, MOST_TILES)
+}
+
+/// Parses a number of sessions or readers.
+pub(crate) fn workers(text: &str) -> Result<NonZeroUsize, String> {
+    up_to(text, MOST_WORKERS)
+}
+
+fn up_to(text: &str, most: usize) -> Result<NonZeroUsize, String> {
+    let number = text.trim().parse().ok().filter(|number: &NonZeroUsize| number.get() <= most);
+    number.ok_or_else(|| format!("must be a whole number from 1 to {most}"))
 }
 
 /// A model that predicts what is at hand, and where it does.
@@ -138,7 +166,7 @@ pub(crate) struct PredictorArgs {
     #[arg(long, value_name = "NAME", default_value = "auto")]
     provider: ProviderRequest,
     /// Sessions over all devices [default: one on each]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = workers)]
     sessions: Option<NonZeroUsize>,
     #[command(flatten)]
     bare: BareModelOptions,
@@ -326,8 +354,19 @@ impl RunOptions {
     pub(super) fn batch_size(&self) -> Result<Option<NonZeroUsize>, Failure> {
         match &self.batch_size {
             Some(text) if text.0 == "auto" => Ok(None),
-            value => parse("batch_size", value),
+            Some(text) => batch_size(&text.0).map(Some).map_err(|error| invalid("batch_size", &text.0, error)),
+            None => Ok(None),
         }
+    }
+
+    /// Threads that read tiles; `None` is left to the machine.
+    pub(super) fn readers(&self) -> Result<Option<NonZeroUsize>, Failure> {
+        some_workers("readers", &self.readers)
+    }
+
+    /// Sessions over all devices; `None` is left to the devices.
+    pub(super) fn sessions(&self) -> Result<Option<NonZeroUsize>, Failure> {
+        some_workers("sessions", &self.sessions)
     }
 
     /// Probability from which a place belongs to a region.
@@ -393,6 +432,10 @@ fn channels(name: &str, value: &Option<Text>) -> Result<Option<[f32; 3]>, Failur
 /// Parses a set option; the message names the flag.
 pub(crate) fn parse<T: FromStr<Err: Display>>(name: &str, value: &Option<Text>) -> Result<Option<T>, Failure> {
     value.as_ref().map(|text| text.0.parse().map_err(|error: T::Err| invalid(name, &text.0, error))).transpose()
+}
+
+fn some_workers(name: &str, value: &Option<Text>) -> Result<Option<NonZeroUsize>, Failure> {
+    value.as_ref().map(|text| workers(&text.0).map_err(|error| invalid(name, &text.0, error))).transpose()
 }
 
 /// Parses a number of 0..=1.

@@ -12,7 +12,7 @@ use slidestream::report::{
     FolderRecord, ImageClass, ImageRecord, PREDICT_SCHEMA, PaceRecord, PredictRecord, PredictedRecord, to_json,
 };
 
-use super::options::PredictorArgs;
+use super::options::{PredictorArgs, batch_size};
 use super::{Failure, Outcome, prepare, say, show, table};
 
 /// More classes have no columns in the table.
@@ -27,7 +27,7 @@ pub(super) struct Args {
     #[command(flatten)]
     predictor: PredictorArgs,
     /// Tiles per batch; with 1 the latency of a single tile is told
-    #[arg(long, value_name = "N", default_value = "16")]
+    #[arg(long, value_name = "N", value_parser = batch_size, default_value = "16")]
     batch_size: NonZeroUsize,
     /// Most tiles of an image, evenly sampled; 0 takes all (a segmentation always does)
     #[arg(long, value_name = "N", default_value = "25")]
@@ -70,6 +70,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     }
     for failed in &record.found.failed {
         say(&format!("not predicted: {}: {}", failed.path, failed.reason));
+        failed.hint.iter().for_each(|hint| say(&format!("help: {hint}")));
     }
     let failed = record.found.failed.len();
     Ok(Outcome::of(failed, failed + record.found.images.len()))
@@ -82,11 +83,12 @@ fn summary(found: &PredictedRecord) -> String {
     heads.extend(classes.iter().map(String::as_str));
     let mut rows: Vec<Vec<String>> = Vec::new();
     if !found.images.is_empty() {
-        rows.extend(found.images.iter().map(|image| image_row(image, is_map, classes.len())));
+        let shows_paths = found.folders.len() > 1;
+        rows.extend(found.images.iter().map(|image| image_row(image, shows_paths, is_map, classes.len())));
         rows.extend(found.folders.iter().map(|folder| folder_row(folder, is_map, classes.len())));
     }
     let mut text = if rows.is_empty() { String::new() } else { table(&heads, &rows) };
-    if let Some(note) = left_over(&found.images) {
+    for note in left_over(&found.images).iter().chain(&found.notes) {
         writeln!(text, "\n{note}").ok();
     }
     if let Some(pace) = &found.pace {
@@ -98,9 +100,9 @@ fn summary(found: &PredictedRecord) -> String {
     text
 }
 
-fn image_row(image: &ImageRecord, is_map: bool, shown: usize) -> Vec<String> {
+fn image_row(image: &ImageRecord, shows_path: bool, is_map: bool, shown: usize) -> Vec<String> {
     let name = Path::new(&image.path).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut row = vec![name];
+    let mut row = vec![if shows_path { image.path.clone() } else { name }];
     if is_map {
         row.push((u64::from(image.width) * u64::from(image.height)).to_string());
     } else {

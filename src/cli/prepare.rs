@@ -43,8 +43,8 @@ pub(super) fn engine(path: &Path, options: &RunOptions) -> Result<Engine, Failur
         devices: parse("device", &options.device)?.unwrap_or(DeviceRequest::Auto),
         provider: parse("provider", &options.provider)?.unwrap_or(ProviderRequest::Auto),
         batch_size: options.batch_size()?,
-        readers: parse("readers", &options.readers)?,
-        sessions: parse("sessions", &options.sessions)?,
+        readers: options.readers()?,
+        sessions: options.sessions()?,
     };
     Ok(Engine::load(card, &request, config)?)
 }
@@ -95,8 +95,11 @@ pub(super) fn command() -> Vec<String> {
 /// `<model>-<suffix>` beside the model's folder or file.
 pub(super) fn beside(model: &Path, suffix: &str) -> PathBuf {
     let is_inside = model.is_file() && model.extension().is_some_and(|extension| extension != "onnx");
+    // `.` has no name of its own.
+    let model = &std::path::absolute(model).unwrap_or_else(|_| model.to_owned());
     let model = if is_inside { model.parent().unwrap_or(model) } else { model };
-    let mut name = model.file_stem().unwrap_or_default().to_owned();
+    let stem = if model.is_dir() { model.file_name() } else { model.file_stem() };
+    let mut name = stem.unwrap_or_default().to_owned();
     name.push("-");
     name.push(suffix);
     model.with_file_name(name)
@@ -120,5 +123,27 @@ pub(super) fn hardware() -> HardwareRecord {
         cores: devices.cpu.threads,
         memory_bytes: System::new_with_specifics(kinds).map_or(0, |system| system.total_memory()),
         gpus: devices.gpus.into_iter().map(|gpu| gpu.name).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_lie_beside_the_model_under_its_whole_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir_all(at("net.v2")).unwrap();
+        std::fs::write(at("net.v2/card.toml"), "").unwrap();
+        std::fs::write(at("x.onnx"), "").unwrap();
+        for (model, expected) in
+            [("net.v2", "net.v2-evaluate"), ("net.v2/card.toml", "net.v2-evaluate"), ("x.onnx", "x-evaluate")]
+        {
+            assert_eq!(beside(&at(model), "evaluate"), at(expected));
+        }
+        let here = std::env::current_dir().unwrap();
+        let name = format!("{}-evaluate", here.file_name().unwrap().display());
+        assert_eq!(beside(Path::new("."), "evaluate"), here.with_file_name(name));
     }
 }

@@ -16,7 +16,7 @@ use slidestream::slide::Slide;
 
 use super::options::RunOptions;
 use super::progress::Progress;
-use super::{Failure, Outcome, prepare, show};
+use super::{Failure, Outcome, no_handler, prepare, show};
 
 /// Exit codes: 0 all done, 1 everything failed, 2 usage, 3 some slides or tiles failed, 130 interrupted
 #[derive(clap::Args, Debug)]
@@ -62,7 +62,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         asked.cancel();
         running.iter().for_each(StopHandle::stop);
     })
-    .map_err(|error| Failure { message: format!("no handler for interrupts: {error}"), hint: None, code: 1 })?;
+    .map_err(no_handler)?;
 
     let folder = OutputFolder::lock(&args.out)?;
     let mut run = prepare::run_record(&engine, &slides);

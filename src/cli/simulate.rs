@@ -17,13 +17,12 @@ use slidestream::inference::{
 };
 use slidestream::native;
 use slidestream::onnx::vit::{self, VitConfig};
-use slidestream::pipeline::Cancel;
 use slidestream::report::{
-    EstimateRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation, count, duration, to_json,
+    EstimateRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation, count, duration, significant, to_json,
 };
 
-use super::options::BareModelOptions;
-use super::{Failure, Outcome, columns, prepare, say, show};
+use super::options::{BareModelOptions, batch_size, workers};
+use super::{Failure, Outcome, columns, prepare, say, show, temporary_folder};
 
 /// Draws the weights of a ViT that is described on the command line.
 const SEED: u64 = 1;
@@ -51,17 +50,20 @@ pub(super) struct Args {
     /// auto, cpu, openvino, cuda or tensorrt
     #[arg(long, value_name = "NAME", default_value = "auto")]
     provider: ProviderRequest,
+    /// Threads that read tiles, for the estimate of a --slide [default: one per core]
+    #[arg(long, value_name = "N", value_parser = workers, requires = "slide")]
+    readers: Option<NonZeroUsize>,
     /// Sessions over all devices
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = workers)]
     sessions: Option<NonZeroUsize>,
     /// Tiles per batch, each tried [default: by the device]
-    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = batch_size)]
     batch_sizes: Vec<NonZeroUsize>,
     /// Most seconds to measure each batch size, once it had its fewest rounds
     #[arg(long, value_name = "N", default_value = "10")]
     seconds: u64,
     /// Power of the machine in watts while it infers, for the energy [default: what the GPU tells]
-    #[arg(long, value_name = "W")]
+    #[arg(long, value_name = "W", value_parser = watts)]
     watts: Option<f64>,
     /// Print the record as JSON instead of the summary
     #[arg(long)]
@@ -87,15 +89,25 @@ struct SlideOptions {
     /// A typical slide: biopsy, resection or prostatectomy
     #[arg(long, value_name = "NAME", help_heading = "Slide", conflicts_with_all = ["slide", "slide_size"])]
     profile: Option<Profile>,
-    /// Resolution at level 0 in µm/px [default: the model's]
-    #[arg(long, value_name = "X", help_heading = "Slide", requires = "slide_size")]
+    /// Resolution at level 0 in µm/px [default: that of the --slide; of a --slide-size the model's]
+    #[arg(long, value_name = "X", help_heading = "Slide", conflicts_with = "profile")]
     slide_mpp: Option<Mpp>,
     /// What neighbouring tiles share: 64px or 25% [default: the model's]
     #[arg(long, value_name = "LENGTH", help_heading = "Slide")]
     overlap: Option<Overlap>,
-    /// Share of the tiles that have tissue [default: 1]
-    #[arg(long, value_name = "F", help_heading = "Slide", requires = "slide_size")]
+    /// Share of the tiles that have tissue
+    #[arg(long, value_name = "F", help_heading = "Slide", requires = "slide_size", value_parser = share)]
     tissue_fraction: Option<f64>,
+}
+
+fn watts(text: &str) -> Result<f64, String> {
+    let watts = text.parse().ok().filter(|watts: &f64| watts.is_finite() && *watts > 0.0);
+    watts.ok_or_else(|| "must be a number above 0".to_owned())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share: &f64| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "must be a number above 0 and at most 1".to_owned())
 }
 
 /// Width and height in pixels.
@@ -141,26 +153,20 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     if args.slide.slide.is_some() {
         native::openslide()?;
     }
-    if args.watts.is_some_and(|watts| !watts.is_finite() || watts <= 0.0) {
-        return Err(Failure::usage("--watts must be above 0"));
-    }
     let mut talk = |line: &str| {
         if !args.quiet {
             say(line);
         }
     };
-    // The folder of a model that is made for this simulation alone; gone at its end.
-    let folder = tempfile::tempdir().map_err(|source| ExperimentError::File {
-        path: std::env::temp_dir(),
-        doing: "written",
-        source,
-    })?;
+    // Of a model that is made for this simulation alone.
+    let folder = temporary_folder()?;
     let card = match (&args.model, &args.vit) {
         (Some(path), _) => ModelCard::load(path, &args.bare.model()?)?,
-        (None, Some(config)) => built(config, folder.path(), &mut talk)?,
+        (None, Some(config)) => built(config, folder.path(), args.bare.of_vit()?, &mut talk)?,
         (None, None) => return Err(Failure::usage("name a --model or describe a --vit")),
     };
-    let slide = args.slide.question(&card)?;
+    let question = args.slide.question(&card)?;
+    let slide = question.map(|question| question.count(&card)).transpose()?;
     let (card, variant) = match args.optimize {
         Some(precision) => optimized(&card, precision, args, &folder.path().join("optimized"), &mut talk)?,
         None => (card, args.variant.clone()),
@@ -170,7 +176,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         devices: args.device.clone(),
         provider: args.provider,
         batch_size: None,
-        readers: None,
+        readers: args.readers,
         sessions: args.sessions,
     };
     let request = SimulateRequest {
@@ -181,7 +187,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         slide,
         watts: args.watts,
     };
-    let found = simulate::simulate(card, &request, &Cancel::default(), &mut talk)?;
+    let found = simulate::simulate(card, &request, &mut talk)?;
     if args.json {
         let record = SimulateRecord { schema: SIMULATE_SCHEMA.to_owned(), account: prepare::account(started), found };
         show(&String::from_utf8_lossy(&to_json(&record)));
@@ -194,17 +200,18 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
 impl SlideOptions {
     fn question(&self, card: &ModelCard) -> Result<Option<SlideQuestion>, Failure> {
         let tissue_fraction = self.tissue_fraction.unwrap_or(1.0);
-        if !(0.0..=1.0).contains(&tissue_fraction) {
-            return Err(Failure::usage(format!("--tissue-fraction {tissue_fraction}: must be between 0 and 1")));
-        }
         let overlap = self.overlap.unwrap_or(Overlap::Pixels(card.overlap));
+        let tile = card.tile_size;
+        if overlap.in_pixels(tile) >= tile {
+            return Err(Failure::usage(format!("--overlap {overlap} leaves no step between tiles of {tile} px")));
+        }
         let scanned = |name: &str, width, height, tissue_fraction| {
             let mpp = Mpp::new(0.25).ok();
             let size = SlideSize { name: name.to_owned(), width, height, mpp, overlap, tissue_fraction };
             Some(SlideQuestion::Size(size))
         };
         Ok(match (&self.slide, self.slide_size, self.profile) {
-            (Some(path), ..) => Some(SlideQuestion::File(path.clone())),
+            (Some(path), ..) => Some(SlideQuestion::File { path: path.clone(), mpp: self.slide_mpp, overlap }),
             (None, Some(Size(width, height)), _) => {
                 let name = format!("{width} × {height} px");
                 let size = SlideSize { name, width, height, mpp: self.slide_mpp, overlap, tissue_fraction };
@@ -212,8 +219,14 @@ impl SlideOptions {
             }
             (None, None, Some(Profile::Biopsy)) => scanned("biopsy", 40_000, 20_000, 0.15),
             (None, None, Some(Profile::Resection)) => scanned("resection", 120_000, 90_000, 0.45),
+            (None, None, Some(Profile::Prostatectomy)) if self.overlap.is_some() => {
+                return Err(Failure::usage("--overlap: this profile is a number of tiles"));
+            }
             (None, None, Some(Profile::Prostatectomy)) => {
                 Some(SlideQuestion::Tiles { name: "whole-mount prostatectomy".to_owned(), tiles: 190_000 })
+            }
+            (None, None, None) if self.overlap.is_some() || self.slide_mpp.is_some() => {
+                return Err(Failure::usage("--overlap and --slide-mpp are of a slide: give --slide or --slide-size"));
             }
             (None, None, None) => None,
         })
@@ -221,20 +234,26 @@ impl SlideOptions {
 }
 
 /// The card of a ViT whose model is built into `folder`.
-pub(super) fn built(config: &VitConfig, folder: &Path, say: &mut dyn FnMut(&str)) -> Result<ModelCard, Failure> {
+pub(super) fn built(
+    config: &VitConfig,
+    folder: &Path,
+    mpp: Option<Mpp>,
+    say: &mut dyn FnMut(&str),
+) -> Result<ModelCard, Failure> {
     say("building the model");
     let file = folder.join("vit.onnx");
     vit::build(config, SEED).map_err(ExperimentError::from)?.save_with_weights(&file)?;
-    card_of(config, &file)
+    card_of(config, &file, mpp)
 }
 
-/// The card of a model file that has the inputs and outputs of a ViT.
-pub(super) fn card_of(config: &VitConfig, file: &Path) -> Result<ModelCard, Failure> {
+/// The card of a model file that has the inputs and outputs of a ViT, which sees slides at 0.5 µm/px unless told
+/// otherwise.
+pub(super) fn card_of(config: &VitConfig, file: &Path, mpp: Option<Mpp>) -> Result<ModelCard, Failure> {
     let has_head = config.classes > 0;
     let bare = BareModel {
         task: Some(if has_head { Task::Classification } else { Task::Features }),
         tile_size: u32::try_from(config.image).ok(),
-        target_mpp: Mpp::new(0.5).ok(),
+        target_mpp: mpp.or(Mpp::new(0.5).ok()),
         class_names: has_head.then(|| (0..config.classes).map(|class| format!("class {class}")).collect()),
         mean: Some([0.5; 3]),
         std: Some([0.5; 3]),
@@ -286,7 +305,7 @@ fn optimized(
 
 fn summary(found: &Simulation) -> String {
     let size = &found.size;
-    let mebibytes = size.parameter_bytes as f64 / f64::from(1 << 20);
+    let mebibytes = mebibytes_of(size.parameter_bytes);
     let mut cost = format!("{} GFLOP per tile by the graph", giga(size.flops as f64));
     if let Some(formula) = &size.formula {
         let (without, with) = (giga(formula.flops as f64), giga(formula.flops_with_class_token as f64));
@@ -309,14 +328,24 @@ fn summary(found: &Simulation) -> String {
         rows.push(("ceiling", format!("{:.2} TFLOP/s, measured by products of matrices", ceiling / 1e12)));
     }
     if let Some(bytes) = found.peak_host_bytes {
-        rows.push(("memory", format!("{:.0} MiB at the peak", bytes as f64 / f64::from(1 << 20))));
+        rows.push(("memory", format!("{:.0} MiB of the host at the peak", mebibytes_of(bytes))));
     }
     rows.extend(found.warnings.iter().map(|warning| ("warning", warning.clone())));
     let mut text = columns(rows);
-    text.push_str("\nbatch   tiles/s  [95 %]                 ms/tile p50     p90     p99   TFLOP/s  of ceiling\n");
+    let device_memory = found.points.iter().any(|point| point.peak_device_bytes.is_some());
+    let memory = if device_memory { "  GPU MiB" } else { "" };
+    writeln!(
+        text,
+        "\nbatch   tiles/s  [95 %]                 ms/tile p50     p90     p99   TFLOP/s  of ceiling{memory}"
+    )
+    .ok();
     for (index, point) in found.points.iter().enumerate() {
         let mark = if index == found.best && found.points.len() > 1 { "  best" } else { "" };
         writeln!(text, "{}{mark}", row(point)).ok();
+    }
+    if found.execution.sessions > 1 {
+        writeln!(text, "ms/tile are those of one of {} sessions, which run side by side", found.execution.sessions)
+            .ok();
     }
     if let Some(slide) = &found.slide {
         text.push('\n');
@@ -328,12 +357,12 @@ fn summary(found: &Simulation) -> String {
 fn row(point: &PointRecord) -> String {
     let rate = &point.tiles_per_sec;
     let interval = format!("[{:.1}, {:.1}]", rate.low, rate.high);
-    let per_tile =
-        point.ms_per_batch.map_or([f64::NAN; 3], |ms| [ms.p50, ms.p90, ms.p99].map(|ms| ms / point.batch_size as f64));
+    let per_tile = point.ms_per_tile.map_or([f64::NAN; 3], |ms| [ms.p50, ms.p90, ms.p99]);
+    let memory = point.peak_device_bytes.map_or_else(String::new, |bytes| format!("  {:7.0}", mebibytes_of(bytes)));
     let share = point.share_of_ceiling.map_or_else(|| "–".to_owned(), |share| format!("{:.0} %", 100.0 * share));
     let unstable = if point.is_stable { "" } else { "  not settled" };
     format!(
-        "{:5} {:9.1}  {interval:20}  {:10.3} {:7.3} {:7.3} {:9.3}  {share:>10}{unstable}",
+        "{:5} {:9.1}  {interval:20}  {:10.3} {:7.3} {:7.3} {:9.3}  {share:>10}{memory}{unstable}",
         point.batch_size,
         rate.value,
         per_tile[0],
@@ -348,7 +377,11 @@ fn estimate(slide: &EstimateRecord) -> String {
     if let Some(grid) = slide.grid_tiles {
         write!(tiles, " of {} in the grid", count(grid)).ok();
     }
-    let mut rows = vec![("slide", slide.name.clone()), ("tiles", tiles)];
+    let mut name = slide.name.clone();
+    if let (Some(mpp), Some(overlap)) = (slide.mpp, slide.overlap) {
+        write!(name, ", {mpp} µm/px at level 0, tiles share {overlap} px").ok();
+    }
+    let mut rows = vec![("slide", name), ("tiles", tiles)];
     if let Some(full) = slide.full_tiles {
         rows.push(("full_tiles", format!("{} lie wholly on the slide", count(full))));
     }
@@ -360,11 +393,18 @@ fn estimate(slide: &EstimateRecord) -> String {
     }
     rows.push(("time", format!("{} at {:.1} tiles/s", duration(slide.seconds), slide.tiles_per_sec)));
     rows.push(("bound by", slide.bound_by.clone()));
-    rows.push(("slides", format!("{:.1} per hour, {:.0} per day", slide.slides_per_hour, slide.slides_per_day)));
-    if let Some(energy) = slide.kwh_per_1000_slides {
-        rows.push(("energy", format!("{energy:.2} kWh per 1,000 slides")));
+    rows.push((
+        "slides",
+        format!("{} per hour, {} per day", significant(slide.slides_per_hour), significant(slide.slides_per_day)),
+    ));
+    if let (Some(energy), Some(watts)) = (slide.kwh_per_1000_slides, slide.watts) {
+        rows.push(("energy", format!("{} kWh per 1,000 slides at {watts:.0} W", significant(energy))));
     }
     columns(rows)
+}
+
+fn mebibytes_of(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn giga(flops: f64) -> String {

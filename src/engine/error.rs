@@ -42,6 +42,9 @@ pub enum EngineError {
     /// A file can't be written or read.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// There is nothing to infer.
+    #[error("no tiles were given")]
+    NoTilesGiven,
     /// The region shares no pixel with the slide.
     #[error("{}: region {region:?} lies outside the slide, {extent:?}", path.display())]
     RegionOutside {
@@ -136,7 +139,7 @@ impl EngineError {
             Self::MapTooLarge { .. } => text(Some("choose a `region` or a coarser `target_mpp`")),
             Self::Locked { .. } => text(Some("wait for it to end or choose another `out`")),
             Self::Panicked { .. } => text(Some("this is a bug in slidestream: please report it with this message")),
-            Self::Cancelled => None,
+            Self::Cancelled | Self::NoTilesGiven => None,
         }
     }
 

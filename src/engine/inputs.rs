@@ -197,9 +197,9 @@ type Row = HashMap<String, String>;
 /// The rows of a CSV by column name, with their line numbers; all columns must be known, and all needed ones be there.
 fn rows(path: &Path, known: &[&str], needed: &[&str]) -> Result<Vec<(u64, Row)>, InputError> {
     let problem = |reason: String| InputError::List { path: path.to_owned(), reason };
-    let mut reader =
-        csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path).map_err(|e| problem(e.to_string()))?;
-    let header = reader.headers().map_err(|error| problem(error.to_string()))?.clone();
+    let text = std::fs::read_to_string(path).map_err(|error| problem(error.to_string()))?;
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(text.as_bytes());
+    let header = reader.headers().map_err(|error| problem(csv_problem(&text, &error)))?.clone();
     if let Some(unknown) = header.iter().find(|name| !known.contains(name)) {
         return Err(problem(format!("unknown column {unknown:?}; known are {}", known.join(", "))));
     }
@@ -208,11 +208,31 @@ fn rows(path: &Path, known: &[&str], needed: &[&str]) -> Result<Vec<(u64, Row)>,
     }
     let mut rows = Vec::new();
     for record in reader.records() {
-        let record = record.map_err(|error| problem(error.to_string()))?;
-        let line = record.position().map_or(0, csv::Position::line);
+        let record = record.map_err(|error| problem(csv_problem(&text, &error)))?;
+        let line = csv_line(&text, record.position());
         rows.push((line, header.iter().map(str::to_owned).zip(record.iter().map(str::to_owned)).collect()));
     }
     Ok(rows)
+}
+
+/// The line that a record of a table begins in. What `csv` tells is where the record before it ended, blank lines not
+/// counted.
+pub(crate) fn csv_line(text: &str, position: Option<&csv::Position>) -> u64 {
+    let start = position.and_then(|position| usize::try_from(position.byte()).ok()).unwrap_or(0);
+    let rest = text.get(start..).unwrap_or_default();
+    let blank = rest.len() - rest.trim_start_matches(['\r', '\n']).len();
+    1 + text.get(..start + blank).unwrap_or_default().matches('\n').count() as u64
+}
+
+/// What is wrong with a table, and in which line.
+pub(crate) fn csv_problem(text: &str, error: &csv::Error) -> String {
+    match error.kind() {
+        csv::ErrorKind::UnequalLengths { pos, expected_len, len } => {
+            let line = csv_line(text, pos.as_ref());
+            format!("line {line}: has {len} columns, the first line {expected_len}")
+        }
+        _ => error.to_string(),
+    }
 }
 
 #[cfg(test)]
@@ -241,6 +261,18 @@ mod tests {
         assert_eq!(inputs[0].mpp, Mpp::new(0.25).ok());
         assert_eq!(inputs[0].mask, Some(folder.path().join("x.png")));
         assert_eq!((inputs[1].id.as_str(), inputs[1].mpp, &inputs[1].mask), ("second", None, &None));
+    }
+
+    #[test]
+    fn lines_are_those_of_the_file() {
+        let text = "a,b\n\n1,2\r\n\r\n\n3,4\n5\n";
+        let mut reader = csv::ReaderBuilder::new().from_reader(text.as_bytes());
+        let mut records = reader.records();
+        for expected in [3, 6] {
+            assert_eq!(csv_line(text, records.next().unwrap().unwrap().position()), expected);
+        }
+        let error = records.next().unwrap().unwrap_err();
+        assert_eq!(csv_problem(text, &error), "line 7: has 1 columns, the first line 2");
     }
 
     #[test]

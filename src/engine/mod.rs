@@ -30,7 +30,7 @@ use self::plan::SlidePlan;
 pub use self::simulate::Simulated;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};
-use crate::inference::{Activation, ModelCard, Session, SessionError, SessionFactory, Task};
+use crate::inference::{ModelCard, Session, SessionError, SessionFactory, Task};
 use crate::pipeline::{self, Cancel, PipelineError, StageStats};
 use crate::report::{ExecutionRecord, ModelRecord, StageRecord};
 use crate::slide::{ReadOptions, TileReader};
@@ -218,10 +218,8 @@ pub(crate) fn stitch_spec(card: &ModelCard, config: &RunConfig, plan: &SlidePlan
         Task::Classification => stride,
         Task::Segmentation => 1,
     };
-    // One output alone, or one sigmoid each: a place may be of no class.
-    let is_exclusive = card.activation != Activation::Sigmoid && card.classes.len() > 1;
     #[expect(clippy::cast_possible_truncation, reason = "a probability")]
-    let threshold = (!is_exclusive).then_some(config.threshold as f32);
+    let threshold = (!card.is_exclusive()).then_some(config.threshold as f32);
     Some(StitchSpec { plane: plan.plane, cell, class_count: card.classes.len(), overlap: plan.overlap, threshold })
 }
 
@@ -328,6 +326,33 @@ mod tests {
         // Tile 13 of 10 columns is the fourth of the second row.
         assert_eq!(coverage.failed[0].rect, [3 * 64, 64, 64, 64]);
         assert!(coverage.failed[0].reason.contains("NaN or infinite"));
+    }
+
+    #[test]
+    fn tiles_from_memory_take_the_line_of_a_run_round_by_round() {
+        let tiles = vec![vec![200; (TILE * TILE * 3) as usize]; 3];
+        let run = |mut engine: Engine, batches: usize| {
+            let batches = NonZeroUsize::new(batches).unwrap();
+            engine.simulate(&tiles, batches, &Cancel::default(), &mut |rounds| rounds.len() < 3)
+        };
+        let done = run(engine(4, None), 5).unwrap();
+        // The first round is apart: it fills the channels.
+        assert_eq!((done.rounds.len(), done.batch_secs.len()), (3, 10));
+        let infer = done.stages.iter().find(|stage| stage.name == "infer").unwrap();
+        assert!(infer.items >= 15, "{infer:?}");
+        // It ends, and waits for no buffer.
+        assert!(run(engine(4, Some((30, Fault::Fail))), 5).is_err());
+        let nothing = engine(4, None).simulate(&[], NonZeroUsize::MIN, &Cancel::default(), &mut |_| true);
+        assert!(matches!(nothing, Err(EngineError::NoTilesGiven)));
+        let stopped = Cancel::default();
+        let mut asked = |rounds: &[Duration]| {
+            if rounds.len() == 2 {
+                stopped.cancel();
+            }
+            true
+        };
+        let ended = engine(4, None).simulate(&tiles, NonZeroUsize::MIN, &stopped, &mut asked);
+        assert!(matches!(ended, Err(EngineError::Cancelled)));
     }
 
     #[test]

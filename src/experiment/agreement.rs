@@ -103,7 +103,8 @@ impl Tally {
             let confusion = self.confusion.get_or_insert_with(|| measure::Confusion::new(a.means.len()));
             for (a, b) in a.classes().zip(b.classes()) {
                 self.all += 1;
-                self.same += usize::from(a == b);
+                // What is no number is no class, and so not the same one.
+                self.same += usize::from(a.is_some() && a == b);
                 if let (Some(a), Some(b)) = (a, b) {
                     confusion.add(a, b);
                 }

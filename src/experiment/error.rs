@@ -224,7 +224,6 @@ impl ExperimentError {
             Self::Onnx(error) => error.hint()?,
             Self::Adapter(error) => error.hint()?,
             Self::Lora(error) => error.hint()?,
-            Self::Vit(error) => error.hint()?,
             Self::TileLargerThanSlide { .. } => "give a larger slide_size, or the slide's resolution with slide_mpp",
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",

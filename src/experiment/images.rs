@@ -10,12 +10,16 @@ use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageReader, RgbImage
 use ndarray::Axis;
 
 use super::ExperimentError;
-use crate::inference::{ModelCard, Prediction, Session, SessionError};
+use crate::inference::{Activation, ModelCard, Prediction, Session, SessionError};
 use crate::measure::predicted_class;
 use crate::output::OutputError;
+use crate::report::FailedImage;
 
 /// Extensions of images that are read.
 const EXTENSIONS: [&str; 6] = ["png", "jpg", "jpeg", "bmp", "tif", "tiff"];
+
+/// From this probability on a tile or pixel has a class that does not exclude others, as in a run without further settings.
+pub(super) const HALF: f32 = 0.5;
 
 /// How an image of another size becomes a tile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,7 +27,7 @@ pub enum Fit {
     /// Not at all: it must have the tile's size.
     #[default]
     Exact,
-    /// Its shorter side is brought to the tile's, and the middle is cut out: what image classifiers expect.
+    /// Its middle square is brought to the tile's size: what image classifiers expect.
     Resize,
 }
 
@@ -87,18 +91,14 @@ pub(super) fn tile(path: &Path, card: &ModelCard, fit: Fit) -> Result<Vec<u8>, E
     }
 }
 
-/// The shorter side brought to `side`, antialiased, and the middle square of it.
+/// The middle square brought to `side`, antialiased. Cut first: the whole of a long image would be as large as its shape.
 fn middle(image: &RgbImage, side: u32) -> RgbImage {
     let (width, height) = image.dimensions();
-    let shorter = u64::from(width.min(height)).max(1);
-    let scaled = |length: u32| {
-        let scaled = (u64::from(length) * u64::from(side) + shorter / 2) / shorter;
-        u32::try_from(scaled).unwrap_or(u32::MAX).max(side)
-    };
-    // The triangle filter widens with the reduction, which makes it torchvision's antialiased bilinear.
-    let image = imageops::resize(image, scaled(width), scaled(height), FilterType::Triangle);
-    let (left, top) = ((image.width() - side) / 2, (image.height() - side) / 2);
-    imageops::crop_imm(&image, left, top, side, side).to_image()
+    let shorter = width.min(height);
+    let (left, top) = ((width - shorter) / 2, (height - shorter) / 2);
+    let square = imageops::crop_imm(image, left, top, shorter, shorter).to_image();
+    // The triangle filter widens with the reduction: bilinear with antialiasing.
+    imageops::resize(&square, side, side, FilterType::Triangle)
 }
 
 /// Upper left corners of tiles side by side, row by row; what is left over at the right and the bottom has none.
@@ -117,6 +117,8 @@ pub(super) struct ScoreMap {
     pub(super) width: u32,
     pub(super) height: u32,
     pub(super) classes: usize,
+    /// Whether a pixel has just one of the classes, or may have none.
+    is_exclusive: bool,
     /// Sums over the tiles that cover a pixel, `[class, row, column]`.
     sums: Vec<f32>,
     /// How many tiles cover a pixel, `[row, column]`.
@@ -126,10 +128,17 @@ pub(super) struct ScoreMap {
 }
 
 impl ScoreMap {
-    /// The most probable class of a pixel, which is given by its index in `[row, column]`; `None` where a score is NaN.
+    /// The most probable class of a pixel, which is given by its index in `[row, column]`; `None` where a score is NaN, and
+    /// where classes do not exclude each other and none is as likely as not, as in a run.
     pub(super) fn class_at(&self, pixel: usize) -> Option<usize> {
         // The greatest sum is the greatest mean too.
-        predicted_class(&(0..self.classes).map(|class| self.sums[class * self.tiles.len() + pixel]).collect::<Vec<_>>())
+        let sums: Vec<f32> = (0..self.classes).map(|class| self.sums[class * self.tiles.len() + pixel]).collect();
+        predicted_class(&sums).filter(|class| self.is_exclusive || self.probability(*class, pixel) >= HALF)
+    }
+
+    /// Whether the model gave a number everywhere.
+    pub(super) fn is_complete(&self) -> bool {
+        !self.sums.iter().any(|sum| sum.is_nan())
     }
 
     /// Mean probability of a class at a pixel.
@@ -160,7 +169,7 @@ pub(super) fn segment(
         starts(height, side, step).flat_map(|y| starts(width, side, step).map(move |x| (x, y))).collect();
     let (pixels, classes) = (width as usize * height as usize, card.classes.len());
     let (sums, tiles, tile_count) = (vec![0.0; classes * pixels], vec![0; pixels], corners.len() as u64);
-    let mut map = ScoreMap { width, height, classes, sums, tiles, tile_count };
+    let mut map = ScoreMap { width, height, classes, is_exclusive: card.is_exclusive(), sums, tiles, tile_count };
     for corners in corners.chunks(batch) {
         let tiles: Vec<Vec<u8>> = corners.iter().map(|corner| cut(image, *corner, side)).collect();
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
@@ -182,24 +191,36 @@ fn starts(length: u32, side: u32, step: u32) -> impl Iterator<Item = u32> {
     (0..last).step_by(step as usize).chain([last])
 }
 
-/// Scores of tiles `[tiles, classes]`, in batches.
-pub(super) fn classify(
-    tiles: &[&[u8]],
-    session: &mut dyn Session,
-    batch: usize,
-) -> Result<Vec<Vec<f32>>, SessionError> {
-    let mut rows = Vec::with_capacity(tiles.len());
-    for tiles in tiles.chunks(batch) {
-        if let Prediction::Classes(scores) = session.predict(tiles)? {
-            rows.extend(scores.outer_iter().map(|row| row.to_vec()));
-        }
-    }
-    Ok(rows)
+/// Scores of the tiles of a batch, `[tiles, classes]`; none of a model that does not classify.
+pub(super) fn classify(tiles: &[&[u8]], session: &mut dyn Session) -> Result<Vec<Vec<f32>>, SessionError> {
+    Ok(match session.predict(tiles)? {
+        Prediction::Classes(scores) => scores.outer_iter().map(|row| row.to_vec()).collect(),
+        Prediction::Map(_) | Prediction::Features(_) => Vec::new(),
+    })
 }
 
-/// Whether an error says that one image is not as it should be, so that others may go on.
+/// The class that scores stand for: the most probable one, of a model with one class that class from one half on; `None`
+/// for neither, and for NaN.
+pub(super) fn decided(scores: &[f32]) -> Option<usize> {
+    predicted_class(scores).filter(|_| scores.len() > 1 || scores[0] >= HALF)
+}
+
+/// An image that is left out, and why.
+pub(super) fn failed_image(path: &Path, error: &ExperimentError) -> FailedImage {
+    let text = error.chain();
+    let path = path.display().to_string();
+    let reason = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text).to_owned();
+    FailedImage { path, reason, hint: error.hint() }
+}
+
+/// Whether scores can be probabilities; what is no number may be anything.
+pub(super) fn are_probabilities<'a>(card: &ModelCard, mut scores: impl Iterator<Item = &'a f32>) -> bool {
+    card.activation != Activation::None || scores.all(|score| score.is_nan() || (0.0..=1.0).contains(score))
+}
+
+/// Whether an error says that one image, or its mask, is not as it should be, so that others may go on.
 pub(super) fn is_about_one_image(error: &ExperimentError) -> bool {
-    matches!(error, ExperimentError::Image { .. } | ExperimentError::Unsuited { .. })
+    matches!(error, ExperimentError::Image { .. } | ExperimentError::Unsuited { .. } | ExperimentError::Labels { .. })
 }
 
 /// That an image has no tile.
@@ -276,6 +297,45 @@ mod tests {
         assert!(small.is_err_and(|error| error.to_string().contains("10 × 3 px, less than a tile of 4 × 4")));
     }
 
+    /// Says how many tiles it has met, by class.
+    struct Counting(f32);
+
+    impl Session for Counting {
+        fn predict(&mut self, tiles: &[&[u8]]) -> Result<Prediction, SessionError> {
+            let maps = tiles.iter().flat_map(|_| {
+                self.0 += 1.0;
+                [vec![self.0; 16], vec![-self.0; 16]].concat()
+            });
+            Ok(Prediction::Map(ndarray::Array4::from_shape_vec((tiles.len(), 2, 4, 4), maps.collect()).unwrap()))
+        }
+    }
+
+    #[test]
+    fn overlapping_tiles_are_averaged() {
+        let two = ModelCard { classes: card(4, 1).classes[..2].to_vec(), ..card(4, 1) };
+        let map = segment(&gradient(7, 4), Path::new("a.png"), &two, &mut Counting(0.0), 2).unwrap();
+        let row: Vec<f32> = (0..7).map(|pixel| map.probability(0, pixel)).collect();
+        assert_eq!((row, map.probability(1, 3)), (vec![1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0], -1.5));
+        assert!(map.is_complete());
+    }
+
+    #[test]
+    fn classes_that_exclude_no_other_need_one_half() {
+        let map = |is_exclusive, sums: &[f32]| ScoreMap {
+            width: 1,
+            height: 1,
+            classes: sums.len(),
+            is_exclusive,
+            sums: sums.to_vec(),
+            tiles: vec![2],
+            tile_count: 2,
+        };
+        assert_eq!((map(true, &[0.2, 0.8]).class_at(0), map(false, &[0.2, 0.8]).class_at(0)), (Some(1), None));
+        assert_eq!((map(false, &[1.0]).class_at(0), map(false, &[0.9]).class_at(0)), (Some(0), None));
+        let broken = map(false, &[f32::NAN, 1.8]);
+        assert_eq!((broken.class_at(0), broken.is_complete()), (None, false));
+    }
+
     #[test]
     fn an_image_of_another_size_is_resized_only_when_asked() {
         let folder = tempfile::tempdir().unwrap();
@@ -295,8 +355,7 @@ mod tests {
         assert!(told.contains("16 × 8 px, but the model's tiles are 4 × 4"), "{told}");
         let fitted = tile(&path, &card(4, 0), Fit::Resize).unwrap();
         assert_eq!(fitted.len(), 48);
-        // Only the outermost columns see what was cut off, by the filter's width.
-        assert!(fitted.chunks(12).all(|row| row[3..9] == [100; 6]), "{fitted:?}");
+        assert_eq!(fitted, [100; 48]);
         assert_eq!(tile(&path, &card(8, 0), Fit::Resize).unwrap(), [100; 192]);
     }
 

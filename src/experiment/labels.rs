@@ -7,6 +7,7 @@ use image::DynamicImage;
 use walkdir::WalkDir;
 
 use super::{ExperimentError, images};
+use crate::engine::inputs::{csv_line, csv_problem};
 use crate::inference::{ModelCard, Task};
 
 /// Images with what is right about them.
@@ -19,6 +20,8 @@ pub(super) struct Labelled {
     pub(super) groups: usize,
     /// Names of the groups; empty if each image is its own.
     pub(super) group_names: Vec<String>,
+    /// Files in class folders that are no images.
+    pub(super) others: Vec<String>,
 }
 
 /// One image.
@@ -59,19 +62,21 @@ pub(super) fn read(path: &Path, card: &ModelCard) -> Result<Labelled, Experiment
     if card.classes.len() < 2 {
         return wrong("the model has one class: labels need two to tell apart");
     }
-    let (items, group_names) = if path.is_dir() {
+    let (items, group_names, others) = if path.is_dir() {
         if card.task == Task::Segmentation {
             return wrong("a folder per class has no masks; a segmentation needs a CSV with the columns image,mask");
         }
-        (folder(path, card)?, Vec::new())
+        let (items, others) = folder(path, card)?;
+        (items, Vec::new(), others)
     } else {
-        table(path, card)?
+        let (items, names) = table(path, card)?;
+        (items, names, Vec::new())
     };
     if items.is_empty() {
         return wrong("holds no labelled image");
     }
     let groups = items.iter().map(|item| item.group + 1).max().unwrap_or(0);
-    Ok(Labelled { path: path.to_owned(), items, groups, group_names })
+    Ok(Labelled { path: path.to_owned(), items, groups, group_names, others })
 }
 
 /// A mask `[row, column]` of an image of that size, with only indices below `classes` and 255 in it.
@@ -92,30 +97,50 @@ pub(super) fn mask(path: &Path, size: (u32, u32), classes: usize) -> Result<Vec<
     Ok(mask.into_raw())
 }
 
-/// Each image its own group.
-fn folder(path: &Path, card: &ModelCard) -> Result<Vec<Item>, ExperimentError> {
-    let mut items = Vec::new();
-    for entry in WalkDir::new(path).min_depth(1).max_depth(1).sort_by_file_name().into_iter().flatten() {
+/// The images of class folders, each its own group, and what lies there and is no image.
+fn folder(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), ExperimentError> {
+    let (mut items, mut others) = (Vec::new(), Vec::new());
+    for entry in entries(path, 1) {
+        let entry = entry?;
+        if images::is_image(entry.path()) {
+            return Err(labels_error(entry.path(), "lies in the folder of no class".to_owned()));
+        }
         if !entry.file_type().is_dir() {
             continue;
         }
         let name = entry.file_name().to_string_lossy().into_owned();
         let class = class(card, &name).map_err(|reason| labels_error(entry.path(), reason))?;
-        let images = WalkDir::new(entry.path()).sort_by_file_name().into_iter().flatten();
-        for image in images.map(walkdir::DirEntry::into_path).filter(|path| images::is_image(path)) {
-            items.push(Item { image, truth: Truth::Class(class), group: items.len() });
+        for file in entries(entry.path(), usize::MAX) {
+            let file = file?;
+            if images::is_image(file.path()) {
+                items.push(Item { image: file.into_path(), truth: Truth::Class(class), group: items.len() });
+            } else if !file.file_type().is_dir() {
+                others.push(file.path().strip_prefix(path).unwrap_or(file.path()).display().to_string());
+            }
         }
     }
-    Ok(items)
+    Ok((items, others))
+}
+
+/// What lies in a folder, by name; links are followed.
+fn entries(folder: &Path, depth: usize) -> impl Iterator<Item = Result<walkdir::DirEntry, ExperimentError>> {
+    let folder = folder.to_owned();
+    let walk = WalkDir::new(&folder).follow_links(true).min_depth(1).max_depth(depth).sort_by_file_name();
+    walk.into_iter().map(move |entry| {
+        entry.map_err(|error| ExperimentError::File {
+            path: error.path().unwrap_or(&folder).to_owned(),
+            doing: "read",
+            source: error.into(),
+        })
+    })
 }
 
 /// The items of a table, and the names of its groups. Paths are below the table's folder.
 fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), ExperimentError> {
-    let broken = |error: csv::Error| match error.into_kind() {
-        csv::ErrorKind::Io(source) => ExperimentError::File { path: path.to_owned(), doing: "read", source },
-        other => labels_error(path, format!("is no table: {other:?}")),
-    };
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path).map_err(broken)?;
+    let unreadable = |source| ExperimentError::File { path: path.to_owned(), doing: "read", source };
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    let broken = |error: csv::Error| labels_error(path, csv_problem(&text, &error));
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(text.as_bytes());
     let headers = reader.headers().map_err(broken)?.clone();
     let column = |name: &str| headers.iter().position(|header| header.eq_ignore_ascii_case(name));
     let wanted = if card.task == Task::Segmentation { "mask" } else { "label" };
@@ -127,8 +152,9 @@ fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), Expe
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut groups: BTreeMap<String, usize> = BTreeMap::new();
     let mut items = Vec::new();
-    for (record, line) in reader.records().zip(2..) {
+    for record in reader.records() {
         let record = record.map_err(broken)?;
+        let line = csv_line(&text, record.position());
         let field = |index: usize| record.get(index).unwrap_or_default();
         let below = |name: &str| {
             let file = folder.join(name);
@@ -143,6 +169,9 @@ fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), Expe
                 Truth::Class(class.map_err(|reason| labels_error(path, format!("line {line}: {reason}")))?)
             }
         };
+        if group.is_some_and(|column| field(column).is_empty()) {
+            return Err(labels_error(path, format!("line {line}: has no group")));
+        }
         let next = groups.len();
         let group = group.map_or(items.len(), |group| *groups.entry(field(group).to_owned()).or_insert(next));
         items.push(Item { image, truth, group });
@@ -189,14 +218,31 @@ mod tests {
             picture(&folder.path().join(name));
         }
         fs::write(folder.path().join("stroma/notes.txt"), "").unwrap();
+        fs::write(folder.path().join("readme.md"), "").unwrap();
         let found = read(folder.path(), &card("cells-vit")).unwrap();
         let items: Vec<_> = found.items.iter().map(|item| (item.truth.clone(), item.group)).collect();
         assert_eq!(items, [(Truth::Class(0), 0), (Truth::Class(2), 1), (Truth::Class(2), 2)]);
         assert!(found.items[1].image.ends_with("stroma/a.png") && !found.has_groups());
+        assert_eq!(found.others, ["stroma/notes.txt"]);
+        picture(&folder.path().join("d.png"));
+        assert!(reason(read(folder.path(), &card("cells-vit"))).contains("d.png: lies in the folder of no class"));
+        fs::remove_file(folder.path().join("d.png")).unwrap();
         assert!(reason(read(folder.path(), &card("cells-unet"))).contains("image,mask"));
         fs::create_dir(folder.path().join("blood")).unwrap();
         let said = reason(read(folder.path(), &card("cells-vit")));
         assert!(said.contains("\"blood\" is none of the model's classes: lymphocyte"), "{said}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn folders_that_are_links_are_classes_too() {
+        let folder = tempfile::tempdir().unwrap();
+        picture(&folder.path().join("elsewhere/deep/a.png"));
+        fs::create_dir(folder.path().join("data")).unwrap();
+        let link = folder.path().join("data/stroma");
+        std::os::unix::fs::symlink(folder.path().join("elsewhere"), link).unwrap();
+        let found = read(&folder.path().join("data"), &card("cells-vit")).unwrap();
+        assert_eq!(found.items.iter().map(|item| item.truth.clone()).collect::<Vec<_>>(), [Truth::Class(2)]);
     }
 
     #[test]
@@ -221,6 +267,8 @@ mod tests {
             ("image,label\na.png,glass\nb.png,glass\n", "line 3: \"b.png\" is no file"),
             ("image,label\na.png,fat\n", "line 2: \"fat\" is none"),
             ("path,label\n", "holds no labelled image"),
+            ("image,label,group\na.png,glass,1\n\na.png,glass,\n", "line 4: has no group"),
+            ("image,label\n\n\na.png\n", "line 4: has 1 columns, the first line 2"),
         ] {
             let said = reason(read(&write(text), &vit));
             assert!(said.contains(expected), "{said}");

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use crate::inference::{Prediction, Predictor, Session, SessionError};
+use crate::inference::{Prediction, Predictor, Session, SessionError, device};
 use crate::measure::Samples;
-use crate::report::PaceRecord;
 use crate::report::compare::SummaryRecord;
+use crate::report::{ModelRecord, PaceRecord, RanOnRecord};
 
 /// A predictor whose batches are timed.
 pub(super) struct Paced {
@@ -21,7 +21,7 @@ impl Paced {
 
     /// What was measured; `None` before the first batch.
     pub(super) fn record(&self) -> Option<PaceRecord> {
-        pace(&self.batches, self.predictor.total_batch_size())
+        pace(&self.batches)
     }
 }
 
@@ -34,7 +34,34 @@ impl Session for Paced {
     }
 }
 
-fn pace(batches: &[(usize, f64)], batch_size: usize) -> Option<PaceRecord> {
+/// The model as records name it.
+pub(super) fn model_record(predictor: &Predictor) -> ModelRecord {
+    let (card, variant) = (predictor.card(), predictor.variant());
+    ModelRecord {
+        name: card.name.clone(),
+        variant: variant.name.clone(),
+        file: variant.file.display().to_string(),
+        sha256: variant.sha256.clone(),
+        task: card.task.to_string(),
+        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
+    }
+}
+
+/// Where and how it runs, as records tell.
+pub(super) fn ran_on(predictor: &Predictor) -> RanOnRecord {
+    RanOnRecord {
+        device: device::in_words(predictor.devices()),
+        provider: predictor.provider().to_string(),
+        reason: predictor.reason().to_owned(),
+        sessions: predictor.sessions(),
+        batch_size: predictor.batch_size(),
+        total_batch_size: predictor.total_batch_size(),
+        load_secs: predictor.load_secs(),
+        warm_up_secs: predictor.warm_up_secs(),
+    }
+}
+
+fn pace(batches: &[(usize, f64)]) -> Option<PaceRecord> {
     let tiles: usize = batches.iter().map(|(tiles, _)| tiles).sum();
     let seconds: f64 = batches.iter().map(|(_, seconds)| seconds).sum();
     // A last batch that is not full takes longer for each of its tiles; it counts only if there is no full one.
@@ -42,7 +69,7 @@ fn pace(batches: &[(usize, f64)], batch_size: usize) -> Option<PaceRecord> {
     let full = batches.iter().filter(|(tiles, _)| *tiles == fullest);
     let samples = Samples::new(full.map(|(tiles, seconds)| seconds / *tiles as f64).collect())?;
     Some(PaceRecord {
-        batch_size,
+        batch_size: fullest,
         tiles: tiles as u64,
         seconds,
         tiles_per_sec: tiles as f64 / seconds,
@@ -56,11 +83,11 @@ mod tests {
 
     #[test]
     fn full_batches_tell_the_latency_and_all_tell_the_rate() {
-        let record = pace(&[(4, 0.4), (4, 0.8), (2, 0.8)], 4).unwrap();
-        assert_eq!((record.tiles, record.seconds, record.tiles_per_sec), (10, 2.0, 5.0));
+        let record = pace(&[(4, 0.4), (4, 0.8), (2, 0.8)]).unwrap();
+        assert_eq!((record.batch_size, record.tiles, record.seconds, record.tiles_per_sec), (4, 10, 2.0, 5.0));
         assert_eq!((record.ms_per_tile.count, record.ms_per_tile.max), (2, 200.0));
         assert!((record.ms_per_tile.p50 - 150.0).abs() < 1e-9 && (record.ms_per_tile.p99 - 199.0).abs() < 1e-9);
-        assert_eq!(pace(&[], 4), None);
-        assert_eq!(pace(&[(2, 1.0)], 4).unwrap().ms_per_tile.p50, 500.0);
+        assert_eq!(pace(&[]), None);
+        assert_eq!(pace(&[(2, 1.0)]).unwrap().ms_per_tile.p50, 500.0);
     }
 }

@@ -2,10 +2,10 @@
 
 use crate::experiment::ExperimentError;
 use crate::experiment::tiles::TileSet;
-use crate::inference::{Contract, Evaluator, ModelCard, image_tensor};
+use crate::inference::{Contract, Evaluator, Layout, ModelCard, image_tensor};
 use crate::onnx::passes::EvaluateError;
 use crate::onnx::passes::freeze::Case;
-use crate::onnx::{Model, Rewriter, Shapes, Tensor};
+use crate::onnx::{Model, Rewriter, Shapes, Tensor, Values};
 
 /// A model's input, and tiles to fill it with.
 pub(super) struct Probe<'a> {
@@ -69,24 +69,49 @@ impl Probe<'_> {
         dims.is_some_and(|dims| dims.iter().skip(1).filter(|dim| dim.fixed().is_none()).count() >= 2)
     }
 
-    /// The image four times, two by two.
+    /// The image four times, two by two; as it is if its elements are none that a model takes.
     fn enlarged(&self, image: &Tensor) -> Tensor {
-        use crate::inference::Layout;
-        let values = image.to_f32().unwrap_or_default();
         let side = self.contract.side;
-        let (outer, inner) = match self.contract.layout {
+        let (planes, pixel) = match self.contract.layout {
             Layout::Nchw => (image.dims[0] * image.dims[1], 1),
             Layout::Nhwc => (image.dims[0], image.dims[3]),
         };
-        let mut doubled = Vec::with_capacity(values.len() * 4);
-        for plane in 0..outer {
-            for row in (0..side).chain(0..side) {
-                let start = (plane * side + row) * side * inner;
-                doubled.extend_from_slice(&values[start..start + side * inner]);
-                doubled.extend_from_slice(&values[start..start + side * inner]);
-            }
+        let values = match &image.values {
+            Values::F32(values) => Values::F32(twice(values, planes, side, pixel)),
+            Values::F16(values) => Values::F16(twice(values, planes, side, pixel)),
+            Values::U8(values) => Values::U8(twice(values, planes, side, pixel)),
+            _ => return image.clone(),
+        };
+        // Height and width: what follows the batch and, of planes, the channels.
+        let first = if planes == image.dims[0] { 1 } else { 2 };
+        let is_side = |axis: usize| axis == first || axis == first + 1;
+        let dims = image.dims.iter().enumerate().map(|(axis, dim)| if is_side(axis) { 2 * dim } else { *dim });
+        Tensor { dims: dims.collect(), values }
+    }
+}
+
+/// Planes of `side` rows of `side` pixels, each twice as wide and high by repetition.
+fn twice<T: Copy>(values: &[T], planes: usize, side: usize, pixel: usize) -> Vec<T> {
+    let mut doubled = Vec::with_capacity(values.len() * 4);
+    for plane in 0..planes {
+        for row in (0..side).chain(0..side) {
+            let start = (plane * side + row) * side * pixel;
+            doubled.extend_from_slice(&values[start..start + side * pixel]);
+            doubled.extend_from_slice(&values[start..start + side * pixel]);
         }
-        let dims: Vec<usize> = image.dims.iter().map(|dim| if *dim == side { 2 * side } else { *dim }).collect();
-        Tensor::f32(&dims, doubled)
+    }
+    doubled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::twice;
+
+    #[test]
+    fn an_image_is_repeated_to_both_sides() {
+        // One plane of two rows of two pixels with one channel, then one row and column of a pixel with two.
+        assert_eq!(twice(&[1, 2, 3, 4], 1, 2, 1), [1, 2, 1, 2, 3, 4, 3, 4, 1, 2, 1, 2, 3, 4, 3, 4]);
+        assert_eq!(twice(&[7_u8, 8], 1, 1, 2), [7, 8, 7, 8, 7, 8, 7, 8]);
+        assert_eq!(twice(&[5.0, 6.0], 2, 1, 1), [5.0, 5.0, 5.0, 5.0, 6.0, 6.0, 6.0, 6.0]);
     }
 }

@@ -28,8 +28,18 @@ pub struct Race {
     pub duration: Duration,
 }
 
-/// What runs in a race; one turn is one call.
-pub type Contestant<'a, E> = Box<dyn FnMut() -> Result<(), E> + 'a>;
+/// What runs in a race: one turn is one call, which says how long it took.
+pub type Contestant<'a, E> = Box<dyn FnMut() -> Result<Duration, E> + 'a>;
+
+/// Does `work`, and says how long it took.
+///
+/// # Errors
+/// Those of `work`.
+pub fn timed<E>(work: impl FnOnce() -> Result<(), E>) -> Result<Duration, E> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed())
+}
 
 /// Runs all contestants in turns. Each round starts with another one, so that none always follows the same.
 ///
@@ -39,7 +49,7 @@ pub fn race<E>(contestants: &mut [Contestant<'_, E>], rules: RaceRules) -> Resul
     let start = Instant::now();
     let count = contestants.len();
     for _ in 0..rules.warm_up {
-        contestants.iter_mut().try_for_each(|run| run())?;
+        contestants.iter_mut().try_for_each(|run| run().map(drop))?;
     }
     let mut seconds = vec![Vec::new(); count];
     let mut is_stable = false;
@@ -52,9 +62,7 @@ pub fn race<E>(contestants: &mut [Contestant<'_, E>], rules: RaceRules) -> Resul
         }
         for turn in 0..count {
             let index = (round + turn) % count;
-            let begin = Instant::now();
-            contestants[index]()?;
-            seconds[index].push(begin.elapsed().as_secs_f64());
+            seconds[index].push(contestants[index]()?.as_secs_f64());
         }
     }
     Ok(Race { seconds, is_stable, duration: start.elapsed() })
@@ -76,17 +84,17 @@ mod tests {
         let mut contestants: Vec<Contestant<'_, ()>> = vec![
             Box::new(|| {
                 order.borrow_mut().push('a');
-                Ok(())
+                Ok(Duration::from_secs(1))
             }),
             Box::new(|| {
                 order.borrow_mut().push('b');
-                Ok(())
+                Ok(Duration::from_secs(2))
             }),
         ];
         let race = race(&mut contestants, rules).unwrap();
         drop(contestants);
         assert_eq!(order.into_inner(), "ab".to_owned() + "ab" + "ba" + "ab");
-        assert_eq!(race.seconds.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3]);
+        assert_eq!(race.seconds, [vec![1.0; 3], vec![2.0; 3]]);
     }
 
     #[test]
@@ -95,7 +103,7 @@ mod tests {
         let mut turns = 0;
         let mut contestants: Vec<Contestant<'_, &str>> = vec![Box::new(|| {
             turns += 1;
-            if turns == 2 { Err("broke") } else { Ok(()) }
+            timed(|| if turns == 2 { Err("broke") } else { Ok(()) })
         })];
         assert_eq!(race(&mut contestants, rules).unwrap_err(), "broke");
     }

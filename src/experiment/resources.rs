@@ -1,6 +1,7 @@
 //! What work takes beside time: memory, processor time, and how busy GPUs are and what power they draw.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 use crate::inference::Device;
 use crate::inference::device::{GpuInfo, GpuMonitor};
 
-/// How often a GPU is asked.
+/// How often a GPU is asked: the driver answers within a fraction of a millisecond.
 const SAMPLE: Duration = Duration::from_millis(100);
 
 /// What was seen of GPUs while something was done.
@@ -47,18 +48,28 @@ fn mean_of_later_half(values: &[f64]) -> Option<f64> {
     (!late.is_empty()).then(|| late.iter().sum::<f64>() / late.len() as f64)
 }
 
-/// Does `work` while the GPUs among `devices` are watched.
+/// Memory that is in use on the GPUs among `devices`; 0 where there are none.
+pub(super) fn used_device_bytes(devices: &[Device]) -> u64 {
+    monitor(devices).map_or(0, |monitor| used_bytes(&monitor.look()))
+}
+
+/// Does `work` while the GPUs among `devices` are watched; memory that is in use before counts as others'.
 pub(super) fn watched<T>(devices: &[Device], work: impl FnOnce() -> T) -> (T, Seen) {
+    watched_since(devices, used_device_bytes(devices), work)
+}
+
+/// [`watched`], where `idle_bytes` were in use before anything was loaded.
+pub(super) fn watched_since<T>(devices: &[Device], idle_bytes: u64, work: impl FnOnce() -> T) -> (T, Seen) {
     let Some(monitor) = monitor(devices) else { return (work(), Seen::default()) };
-    let before = used_bytes(&monitor.look());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let watch = scope.spawn(|| watch(&monitor, &done));
-        let result = work();
+        // The watch must end too if the work panics.
+        let result = catch_unwind(AssertUnwindSafe(work));
         done.store(true, Ordering::Release);
         let mut seen = watch.join().unwrap_or_default();
-        seen.peak_bytes = seen.peak_bytes.map(|peak| peak.saturating_sub(before));
-        (result, seen)
+        seen.peak_bytes = seen.peak_bytes.map(|peak| peak.saturating_sub(idle_bytes));
+        (result.unwrap_or_else(|panic| resume_unwind(panic)), seen)
     })
 }
 
@@ -98,6 +109,12 @@ pub(super) fn cpu_secs() -> Option<f64> {
     let mut system = System::new().ok()?;
     system.refresh_processes_specifics(ProcessesToUpdate::Some(&[own]), true, ProcessRefreshKind::nothing().with_cpu());
     system.process(own).map(|process| process.accumulated_cpu_time() as f64 / 1e3)
+}
+
+/// Forgets the largest resident memory so far; only Linux can.
+pub(super) fn forget_peak_host_bytes() {
+    // `man 5 proc`: 5 sets the peak back to what is resident now. Without it the peak is since the start.
+    std::fs::write("/proc/self/clear_refs", "5").ok();
 }
 
 /// Largest resident memory of this process so far; only Linux tells.

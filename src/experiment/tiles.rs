@@ -33,24 +33,28 @@ impl TileSet {
         let mut slides = Vec::new();
         let mut images = Vec::new();
         for path in paths {
-            let found = images_in(path);
+            let files = files(path)?;
+            let found: Vec<PathBuf> =
+                files.iter().filter(|path| images::is_image(path) && !is_slide(path)).cloned().collect();
             // Without images it must be slides, and if it is none either that is an error.
-            if found.is_empty() || files(path).any(|file| is_slide(&file)) {
+            if found.is_empty() || files.iter().any(|file| is_slide(file)) {
                 slides.extend(inputs::slides(std::slice::from_ref(path))?);
             }
             images.extend(found);
         }
         let tiling = TilingConfig::of(card);
-        let share = count.div_ceil((slides.len() + images.len()).max(1));
+        let sources = (slides.len() + images.len()).max(1);
+        // Of a remainder the last ones give one more each.
+        let mut shares = (0..sources).map(|index| (index + 1) * count / sources - index * count / sources);
+        let mut share = || shares.next().unwrap_or(0);
         let mut random = StdRng::seed_from_u64(seed);
         let mut tiles = Vec::with_capacity(count);
         for slide in &slides {
-            tiles.extend(of_slide(slide, &tiling, share, &mut random)?);
+            tiles.extend(of_slide(slide, &tiling, share(), &mut random)?);
         }
         for image in &images {
-            tiles.extend(of_image(image, card.tile_size, share, &mut random)?);
+            tiles.extend(of_image(image, card.tile_size, share(), &mut random)?);
         }
-        tiles.truncate(count);
         if tiles.is_empty() {
             return Err(ExperimentError::NoTiles { path: paths.first().cloned().unwrap_or_default() });
         }
@@ -80,14 +84,18 @@ fn is_slide(path: &Path) -> bool {
     path.is_file() && crate::slide::detect(path).is_some()
 }
 
-/// The images of a folder, or the image itself.
-fn images_in(path: &Path) -> Vec<PathBuf> {
-    files(path).filter(|path| images::is_image(path) && !is_slide(path)).collect()
-}
-
-/// The files of a folder and of those in it, or the file itself.
-fn files(path: &Path) -> impl Iterator<Item = PathBuf> {
-    WalkDir::new(path).sort_by_file_name().into_iter().flatten().map(walkdir::DirEntry::into_path)
+/// The files of a folder and of those in it, or the file itself; none for a path that does not exist.
+fn files(path: &Path) -> Result<Vec<PathBuf>, ExperimentError> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let unreadable = |error: walkdir::Error| ExperimentError::File {
+        path: error.path().unwrap_or(path).to_owned(),
+        doing: "read",
+        source: error.into(),
+    };
+    let entries = WalkDir::new(path).sort_by_file_name().into_iter();
+    entries.map(|entry| entry.map(walkdir::DirEntry::into_path).map_err(unreadable)).collect()
 }
 
 fn of_slide(
@@ -157,7 +165,6 @@ mod tests {
             assert!(x <= 24 && y <= 14);
             assert_eq!(tile[(16 * 16 - 1) * 3..], [x + 15, y + 15, 9]);
         }
-        assert_eq!(images_in(folder.path()).len(), 1);
     }
 
     #[test]
@@ -169,5 +176,18 @@ mod tests {
         image::RgbImage::from_pixel(200, 200, image::Rgb([200, 100, 150])).save(folder.path().join("b.png")).unwrap();
         let set = TileSet::read(&[folder.path().to_owned()], &card, 4, 1).unwrap();
         assert_eq!((set.tiles.len(), set.source.as_str()), (4, "4 tiles of 1 slides and 1 images, seed 1"));
+    }
+
+    #[test]
+    fn every_source_gives_its_share() {
+        let folder = tempfile::tempdir().unwrap();
+        let card = ModelCard::load(Path::new("models/cells-vit"), &crate::inference::BareModel::default()).unwrap();
+        for shade in [10, 20, 30] {
+            let image = image::RgbImage::from_pixel(200, 200, image::Rgb([shade; 3]));
+            image.save(folder.path().join(format!("{shade}.png"))).unwrap();
+        }
+        let set = TileSet::read(&[folder.path().to_owned()], &card, 4, 1).unwrap();
+        assert_eq!(set.tiles.iter().map(|tile| tile[0]).collect::<Vec<_>>(), [10, 20, 30, 30]);
+        assert_eq!(TileSet::read(&[folder.path().to_owned()], &card, 2, 1).unwrap().tiles.len(), 2);
     }
 }

@@ -303,6 +303,13 @@ impl ModelCard {
         })
     }
 
+    /// Whether a place has just one of the classes: not with one output alone, nor with a sigmoid for each, where it may be
+    /// of none.
+    #[must_use]
+    pub fn is_exclusive(&self) -> bool {
+        self.activation != Activation::Sigmoid && self.classes.len() > 1
+    }
+
     /// The variant to take where none is named: `fp32`, or the only one.
     ///
     /// # Errors

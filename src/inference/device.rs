@@ -4,6 +4,7 @@
 //! counts as loading only when a session with it opened: ONNX Runtime lists providers whose libraries are missing.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use ort::ep;
@@ -349,6 +350,18 @@ pub struct Devices {
     pub why_no_gpus: Option<String>,
 }
 
+/// How many of `sessions` each of so many devices has; `None` if no number was asked for.
+///
+/// # Errors
+/// [`SessionError::Uneven`] if they can't be shared evenly.
+pub fn sessions_per_device(sessions: Option<NonZeroUsize>, devices: usize) -> Result<Option<usize>, SessionError> {
+    let share = |sessions: NonZeroUsize| match sessions.get().is_multiple_of(devices) {
+        true => Ok(sessions.get() / devices),
+        false => Err(SessionError::Uneven { sessions: sessions.get(), devices }),
+    };
+    sessions.map(share).transpose()
+}
+
 /// Devices as they are asked for: `cuda:0,cuda:1`.
 #[must_use]
 pub fn in_words(devices: &[Device]) -> String {
@@ -512,6 +525,16 @@ mod tests {
             };
             assert!(matches, "{devices:?} {provider:?} {loads:?}: {actual:?} instead of {expected:?}");
         }
+    }
+
+    #[test]
+    fn sessions_are_shared_evenly() {
+        let share = |sessions: usize, devices: usize| {
+            sessions_per_device(NonZeroUsize::new(sessions), devices).map_err(|error| error.to_string())
+        };
+        assert_eq!((share(4, 2), share(0, 2)), (Ok(Some(2)), Ok(None)));
+        assert_eq!(share(3, 2), Err("3 sessions can't be shared evenly by 2 devices".to_owned()));
+        assert!(share(1, 2).is_err());
     }
 
     #[test]

@@ -170,6 +170,14 @@ pub enum SessionError {
     /// The model or its card can't be used.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Devices would have different numbers of sessions.
+    #[error("{sessions} sessions can't be shared evenly by {devices} devices")]
+    Uneven {
+        /// How many were asked for.
+        sessions: usize,
+        /// How many devices there are.
+        devices: usize,
+    },
     /// A device asked for by name isn't there.
     #[error("device {device} can't be had: {reason}")]
     NoDevice {
@@ -285,6 +293,7 @@ impl SessionError {
         let text = match self {
             Self::Native(error) => return Some(error.hint()),
             Self::Model(error) => return error.hint().map(str::to_owned),
+            Self::Uneven { .. } => "set `sessions` to a multiple of the number of devices",
             Self::NoDevice { .. } => "set `device` to auto or cpu, or see `doctor` for the devices there are",
             Self::NoProvider { .. } => "set `provider` to auto, or see `doctor` for the providers that load",
             Self::Mismatch { .. } => "set `provider` to auto",

@@ -10,7 +10,7 @@ use super::{ModelCard, OrtSession, Prediction, Session, SessionError, SessionFac
 /// Batches that run before a predictor is handed out: kernels are chosen and memory grows in them.
 const WARM_UP: usize = 2;
 
-/// Where and how a predictor runs; the default leaves all to the machine.
+/// Where and how a predictor runs; the default is a tile at a time, on what the machine has.
 #[derive(Clone, Debug)]
 pub struct PredictorOptions {
     /// The card's variant; else `fp32`, or the only one.
@@ -19,7 +19,8 @@ pub struct PredictorOptions {
     pub devices: DeviceRequest,
     /// The execution provider.
     pub provider: ProviderRequest,
-    /// Tiles per batch of one session; `None` is left to the device.
+    /// Tiles per batch of one session; `None` is left to the device. A GPU runs every batch as large as the largest before
+    /// it, so that who predicts single tiles should say 1, which is the default.
     pub batch_size: Option<NonZeroUsize>,
     /// Sessions over all devices; `None` for one on each. Several on the CPU share its cores.
     pub sessions: Option<NonZeroUsize>,
@@ -28,7 +29,7 @@ pub struct PredictorOptions {
 impl Default for PredictorOptions {
     fn default() -> Self {
         let (devices, provider) = (DeviceRequest::Auto, ProviderRequest::Auto);
-        Self { variant: None, devices, provider, batch_size: None, sessions: None }
+        Self { variant: None, devices, provider, batch_size: Some(NonZeroUsize::MIN), sessions: None }
     }
 }
 
@@ -60,7 +61,7 @@ impl Predictor {
         let variant = variant.clone();
         let found = device::resolve(&options.devices, options.provider, variant.provider)?;
         let (devices, provider) = (found.devices, found.provider);
-        let per_device = options.sessions.map_or(1, |sessions| sessions.get().div_ceil(devices.len()));
+        let per_device = device::sessions_per_device(options.sessions, devices.len())?.unwrap_or(1);
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let intra_threads = (per_device > 1).then(|| NonZeroUsize::new(cores / per_device));
         let intra_threads = intra_threads.map(|threads| threads.unwrap_or(NonZeroUsize::MIN));
@@ -70,7 +71,7 @@ impl Predictor {
             let factory = SessionFactory::new(&card, &variant, options_here)?;
             batch_size = match options.batch_size {
                 Some(size) => size.get(),
-                None => batch_size.min(factory.auto_batch_size()?),
+                None => batch_size.min(factory.auto_batch_size(per_device)?),
             };
             for _ in 0..per_device {
                 sessions.push(factory.open()?);
@@ -212,6 +213,7 @@ mod tests {
         }
         let shared = PredictorOptions { sessions: NonZeroUsize::new(2), batch_size: NonZeroUsize::new(1), ..options };
         let mut replicas = Predictor::open(card(), &shared).unwrap();
+        assert_eq!((predictor.batch_size(), predictor.total_batch_size()), (1, 1), "a tile must not pay for others");
         assert_eq!((replicas.sessions(), replicas.batch_size(), replicas.total_batch_size()), (2, 1, 2));
         let three = [&tiles[0][..], &tiles[1], &tiles[0]];
         let Prediction::Classes(by_two) = replicas.predict(&three).unwrap() else { panic!() };

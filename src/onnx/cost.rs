@@ -1,6 +1,6 @@
 //! The exact cost of a graph: operations and parameters, counted node by node from the dimensions that values have.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::proto::tensor_proto::DataType;
 use super::{Dim, ElementType, NodeId, Rewriter, Shapes, full_op};
@@ -16,7 +16,8 @@ pub struct Cost {
     /// Elements that the other operators compute, such as sums, activations, norms, softmax and pooling: one for each
     /// element of the output, or of the input where that is larger. Moving elements is free.
     pub elementwise: u64,
-    /// Elements of all constants, without scalars and 64-bit integers: these are shapes and the numbers in formulas.
+    /// Elements of all constants, without scalars and 64-bit integers, which are shapes and the numbers in formulas, and
+    /// without the scales and zero points that bytes come with: a quantised model has as many as the original.
     pub parameters: u64,
     /// What [`Self::parameters`] take in bytes.
     pub parameter_bytes: u64,
@@ -45,7 +46,8 @@ pub fn cost(rewriter: &Rewriter, shapes: &Shapes) -> Cost {
     cost.by_op.values_mut().for_each(|flops| *flops /= images);
     cost.flops = cost.by_op.values().sum();
     cost.elementwise /= images;
-    for name in rewriter.constants() {
+    let scales = scales(rewriter);
+    for name in rewriter.constants().into_iter().filter(|name| !scales.contains(name.as_str())) {
         let element = rewriter.constant_element(&name).unwrap_or(ElementType::Other(0));
         let dims = rewriter.constant_dims(&name).unwrap_or_default();
         if element != ElementType::I64 && !dims.is_empty() {
@@ -55,6 +57,23 @@ pub fn cost(rewriter: &Rewriter, shapes: &Shapes) -> Cost {
         }
     }
     cost
+}
+
+/// The constants that say what bytes stand for.
+fn scales(rewriter: &Rewriter) -> BTreeSet<&str> {
+    let places = |op: &str| -> &[usize] {
+        match op {
+            "QuantizeLinear" | "DequantizeLinear" => &[1, 2],
+            "QLinearConv" | "QLinearMatMul" | "QLinearAdd" | "QLinearMul" => &[1, 2, 4, 5, 6, 7],
+            "QGemm" => &[1, 2, 4, 5, 7, 8],
+            "MatMulInteger" | "ConvInteger" | "DynamicQuantizeMatMul" => &[2, 3],
+            "MatMulIntegerToFloat" => &[2, 3, 4, 5],
+            "QAttention" => &[3, 4, 6, 7],
+            _ => &[],
+        }
+    };
+    let of_node = |id| places(rewriter.node(id).op_type()).iter().map(move |place| rewriter.input(id, *place));
+    rewriter.ids().into_iter().flat_map(of_node).collect()
 }
 
 /// What one node does for the whole batch.
@@ -322,7 +341,13 @@ mod tests {
         let x = graph.input("x", ElementType::F32, &dims);
         let w = graph
             .constant("w", &Tensor { dims: weight.to_vec(), values: Values::I8(vec![1; weight.iter().product()]) });
-        let y = graph.node(op, &[&x, &w, &w, &w], attributes);
+        // A scale for each of two channels, which is no parameter.
+        let y = if op == "QLinearConv" {
+            let s = graph.constant("s", &Tensor::f32(&[2], vec![1.0; 2]));
+            graph.node(op, &[&x, &s, &s, &w], attributes)
+        } else {
+            graph.node(op, &[&x, &w, &w, &w], attributes)
+        };
         graph.output("y", &y, ElementType::F32, &[]);
         let mut rewriter = Rewriter::new(graph.finish()).unwrap();
         let id = rewriter.ids().next().unwrap();

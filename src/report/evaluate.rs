@@ -64,6 +64,14 @@ pub struct EvaluatedRecord {
     pub notes: Vec<String>,
 }
 
+impl EvaluatedRecord {
+    /// Whether items are pixels.
+    #[must_use]
+    pub fn is_map(&self) -> bool {
+        self.model.task == "segmentation"
+    }
+}
+
 /// Figures over all classes, 0–1 but for kappa; absent where the task does not have them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
@@ -79,9 +87,9 @@ pub struct Figures {
     pub kappa: Option<FigureRecord>,
     /// Expected calibration error over 15 bins of equal width.
     pub ece: Option<FigureRecord>,
-    /// Mean F1 of the classes that occur.
+    /// Mean F1 of the classes that are labelled or predicted.
     pub macro_f1: Option<FigureRecord>,
-    /// Mean Dice coefficient of the classes that occur but the background, of pixels.
+    /// Mean Dice coefficient of the classes that are labelled or predicted but the background, of pixels.
     pub mean_dice: Option<FigureRecord>,
     /// Mean intersection over union of the same classes.
     pub mean_iou: Option<FigureRecord>,
@@ -90,8 +98,8 @@ pub struct Figures {
 impl Figures {
     /// Those that there are, with their names, the most telling first.
     #[must_use]
-    pub fn named(&self) -> Vec<(&'static str, FigureRecord)> {
-        let (accuracy, f1) = if self.mean_dice.is_some() { ("pixel accuracy", None) } else { ("top-1", self.macro_f1) };
+    pub fn named(&self, are_of_maps: bool) -> Vec<(&'static str, FigureRecord)> {
+        let (accuracy, f1) = if are_of_maps { ("pixel accuracy", None) } else { ("top-1", self.macro_f1) };
         [
             ("mean Dice", self.mean_dice),
             ("mean IoU", self.mean_iou),

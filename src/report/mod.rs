@@ -32,7 +32,7 @@ pub use self::predict::{
 pub use self::simulate::{
     EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
 };
-pub use self::text::{count, duration};
+pub use self::text::{count, duration, significant};
 pub use html::{bench_html, compare_html, evaluate_html};
 
 /// Schema of [`RunRecord`].

@@ -30,7 +30,7 @@ pub struct PredictedRecord {
     pub ran_on: RanOnRecord,
     /// Side of a tile in pixels.
     pub tile_size: u32,
-    /// Most tiles of an image; 0 for all.
+    /// Most tiles of an image; 0 for all, as a segmentation always takes.
     pub max_tiles: usize,
     /// The images, in the order in which they were given, those of a folder sorted.
     pub images: Vec<ImageRecord>,
@@ -38,6 +38,8 @@ pub struct PredictedRecord {
     pub folders: Vec<FolderRecord>,
     /// Images that could not be predicted.
     pub failed: Vec<FailedImage>,
+    /// What the reader should know.
+    pub notes: Vec<String>,
     /// The model alone; absent if no image could be predicted.
     pub pace: Option<PaceRecord>,
 }
@@ -77,7 +79,7 @@ pub fn start_in_words(ran_on: &RanOnRecord) -> String {
 /// How fast a warm model ran, without reading, decoding or anything else.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PaceRecord {
-    /// Tiles per batch, over all sessions.
+    /// Tiles of the largest batch, over all sessions.
     pub batch_size: usize,
     /// Tiles that were predicted.
     pub tiles: u64,
@@ -96,6 +98,8 @@ pub struct FailedImage {
     pub path: String,
     /// Why not.
     pub reason: String,
+    /// How to put it right.
+    pub hint: Option<String>,
 }
 
 /// What a model says of an image.
@@ -128,7 +132,8 @@ pub struct ImageRecord {
 pub struct ImageClass {
     /// Its name.
     pub class: String,
-    /// Tiles, or pixels of a map, of which it is the most probable class.
+    /// Tiles, or pixels of a map, that have this class: the most probable one, and where classes do not exclude each other
+    /// only from one half on.
     pub count: u64,
     /// Mean probability over tiles or pixels.
     pub probability: f64,

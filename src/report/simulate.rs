@@ -36,16 +36,16 @@ pub struct Simulation {
     pub execution: ExecutionRecord,
     /// Seconds until the sessions were open.
     pub load_secs: f64,
-    /// Seconds of the first batch, in which kernels are chosen and compiled.
+    /// Seconds of the first batch of all sessions, in which kernels are chosen and compiled.
     pub first_batch_secs: f64,
-    /// Operations per second of the device's matrix product at the model's precision: what no model exceeds. Absent for
-    /// integers.
+    /// Operations per second of the devices' matrix product in the floats of the weights (for 32 bits what the provider
+    /// makes of them: on a GPU TF32): what no model exceeds. Absent for integers.
     pub ceiling_flops_per_sec: Option<f64>,
     /// One for each batch size, ascending.
     pub points: Vec<PointRecord>,
     /// Index of the fastest of them.
     pub best: usize,
-    /// Largest resident memory of the process.
+    /// Largest resident memory of the process since it began to load the model.
     pub peak_host_bytes: Option<u64>,
     /// What it means for a slide.
     pub slide: Option<EstimateRecord>,
@@ -62,7 +62,9 @@ pub struct ModelSizeRecord {
     pub flops: u64,
     /// The same by operator.
     pub flops_by_op: BTreeMap<String, u64>,
-    /// Operators with weights that are not counted, and how many of each.
+    /// Elements that all other operators compute, per tile: sums, activations, norms, softmax, pooling.
+    pub elementwise: u64,
+    /// Operators whose cost is not known and not counted, and how many of each.
     pub uncounted: BTreeMap<String, usize>,
     /// The usual formula for a transformer described by its numbers; see `onnx::vit`.
     pub formula: Option<FormulaRecord>,
@@ -88,8 +90,9 @@ pub struct PointRecord {
     pub tiles_per_sec: IntervalRecord,
     /// Rounds in order.
     pub samples_tiles_per_sec: Vec<f64>,
-    /// Milliseconds that a session takes for a batch.
-    pub ms_per_batch: Option<SummaryRecord>,
+    /// Milliseconds that a session takes for a batch by its tiles. Sessions run side by side: with n of them a tile is done
+    /// every nth part of that.
+    pub ms_per_tile: Option<SummaryRecord>,
     /// Operations per second.
     pub flops_per_sec: f64,
     /// Share of the ceiling, 0–1.
@@ -122,6 +125,10 @@ pub struct EstimateRecord {
     pub grid_tiles: Option<u64>,
     /// Tiles that lie wholly on the slide: `(⌊(w − tile) / stride⌋ + 1) · (⌊(h − tile) / stride⌋ + 1)`.
     pub full_tiles: Option<u64>,
+    /// Resolution at level 0 in µm/px; absent if only the number of tiles is known.
+    pub mpp: Option<f64>,
+    /// What neighbouring tiles share, in the model's pixels; absent if only the number of tiles is known.
+    pub overlap: Option<u32>,
     /// Share of the grid's tiles that have tissue.
     pub tissue_fraction: Option<f64>,
     /// Tiles to infer.
@@ -140,6 +147,8 @@ pub struct EstimateRecord {
     pub slides_per_hour: f64,
     /// In a day.
     pub slides_per_day: f64,
+    /// Power that the energy follows from, in watts: as it was given, else that of the GPUs alone.
+    pub watts: Option<f64>,
     /// Energy of 1,000 slides in kilowatt-hours, if the power is known.
     pub kwh_per_1000_slides: Option<f64>,
 }

@@ -22,7 +22,8 @@ pub(super) fn fixed(value: f64, decimals: usize) -> String {
 }
 
 /// With three digits that matter; all digits of larger ones, powers of ten beyond the readable.
-pub(super) fn significant(value: f64) -> String {
+#[must_use]
+pub fn significant(value: f64) -> String {
     let size = value.abs();
     match size {
         _ if !value.is_finite() => ABSENT.to_owned(),

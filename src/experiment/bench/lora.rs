@@ -1,13 +1,14 @@
 //! What LoRA costs: a model alone, with an adapter beside its weights, and with it merged, by rank.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::sessions_busy;
 use crate::engine::{Engine, EngineError, LoadRequest, stage_record};
 use crate::experiment::agreement::{self, Agreement};
 use crate::experiment::race::{Contestant, Race, RaceRules, race};
-use crate::experiment::simulate::{SEED, TILES, TOLERANCE, config, size};
+use crate::experiment::simulate::{SEED, TILES, TOLERANCE, batches_for, config, size};
 use crate::experiment::tiles::TileSet;
 use crate::experiment::{ExperimentError, resources};
 use crate::inference::{
@@ -21,14 +22,14 @@ use crate::report::ModelSizeRecord;
 use crate::report::bench::{AloneRecord, Bench, BenchEntry, BenchKind, LoraRecord, ScalingRecord};
 use crate::report::compare::IntervalRecord;
 
-/// A turn should be long against the clock and the filling of the channels.
-const TURN_SECS: f64 = 0.25;
+/// A turn should be long against the clock.
+const TURN_SECS: f64 = 0.1;
 /// Rounds that are measured at least.
 const LEAST_ROUNDS: usize = 7;
 /// Tiles on which merged and unmerged outputs are compared.
 const PROOF_TILES: usize = 4;
 /// Turns of a model alone while it is watched: a GPU tells how busy it is a few times a second.
-const ALONE_TURNS: usize = 4;
+const ALONE_TURNS: usize = 8;
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -114,8 +115,8 @@ pub fn alone(card: &ModelCard, file: &Path, load: &LoadRequest) -> Result<AloneR
     let tiles = TileSet::synthetic(card.tile_size, TILES, SEED).tiles;
     let run = || {
         let mut engine = Engine::load(card.clone(), &of_one_variant(load), config(&card))?;
-        let count = ALONE_TURNS * tiles_per_turn(&mut engine, &tiles)?;
-        engine.simulate(&tiles, count, &Cancel::default(), &mut |_| {})
+        let batches = batches_for(&mut engine, &tiles, TURN_SECS)?;
+        engine.simulate(&tiles, batches, &Cancel::default(), &mut |rounds| rounds.len() < ALONE_TURNS)
     };
     let (ran, seen) = resources::watched(&devices, run);
     let stages: Vec<_> = ran?.stages.iter().map(stage_record).collect();
@@ -276,11 +277,13 @@ impl Timed {
         }
         let side = subjects.first().map_or(1, |subject| subject.card.tile_size);
         let tiles = TileSet::synthetic(side, TILES, SEED).tiles;
-        let counts = engines.iter_mut().map(|engine| tiles_per_turn(engine, &tiles)).collect::<Result<Vec<_>, _>>()?;
-        let contestants = engines.iter_mut().zip(&counts).map(|(engine, count)| {
+        let batches = |engine: &mut Engine| batches_for(engine, &tiles, TURN_SECS);
+        let batches = engines.iter_mut().map(batches).collect::<Result<Vec<_>, _>>()?;
+        let counts: Vec<usize> =
+            engines.iter().zip(&batches).map(|(engine, batches)| batches.get() * engine.batch_size().get()).collect();
+        let contestants = engines.iter_mut().zip(batches).map(|(engine, batches)| {
             let tiles = &tiles;
-            Box::new(move || engine.simulate(tiles, *count, &Cancel::default(), &mut |_| {}).map(drop))
-                as Contestant<'_, EngineError>
+            Box::new(move || turn(engine, tiles, batches)) as Contestant<'_, EngineError>
         });
         let rules =
             RaceRules { warm_up: 1, least_rounds: LEAST_ROUNDS, tolerance: TOLERANCE, most_time: request.most_time };
@@ -313,15 +316,10 @@ fn opened(subjects: &[Subject], load: &mut LoadRequest) -> Result<Vec<Engine>, E
     Ok(engines)
 }
 
-/// As many full batches for every session as make a turn long enough.
-fn tiles_per_turn(engine: &mut Engine, tiles: &[Vec<u8>]) -> Result<usize, EngineError> {
-    let step = engine.execution().sessions * engine.batch_size().get();
-    engine.simulate(tiles, step, &Cancel::default(), &mut |_| {})?;
-    let start = Instant::now();
-    engine.simulate(tiles, step, &Cancel::default(), &mut |_| {})?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 10,000")]
-    let steps = (TURN_SECS / start.elapsed().as_secs_f64()).ceil().clamp(1.0, 10_000.0) as usize;
-    Ok(steps * step)
+/// A turn is the second round: the first one has what is set up for its threads.
+fn turn(engine: &mut Engine, tiles: &[Vec<u8>], batches: NonZeroUsize) -> Result<Duration, EngineError> {
+    let simulated = engine.simulate(tiles, batches, &Cancel::default(), &mut |rounds| rounds.len() < 2)?;
+    Ok(simulated.rounds.last().copied().unwrap_or_default())
 }
 
 impl Subject {

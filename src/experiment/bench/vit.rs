@@ -249,7 +249,7 @@ mod tests {
             batch_size: 4,
             tiles_per_sec: IntervalRecord { value: rate, low: rate, high: rate },
             samples_tiles_per_sec: vec![rate; 6],
-            ms_per_batch: None,
+            ms_per_tile: None,
             flops_per_sec: 0.0,
             share_of_ceiling: None,
             peak_device_bytes: None,

@@ -13,7 +13,7 @@ use crate::engine::config::{Emit, RunConfig};
 use crate::engine::{Engine, LoadRequest, bottleneck};
 use crate::experiment::ExperimentError;
 use crate::experiment::optimize::file_error;
-use crate::experiment::race::{Contestant, RaceRules, race};
+use crate::experiment::race::{Contestant, RaceRules, race, timed};
 use crate::experiment::tiles::TileSet;
 use crate::inference::{Device, ModelCard, OrtSession, ProviderRequest, Session, SessionError};
 use crate::measure::percentile;
@@ -65,7 +65,7 @@ pub(super) fn model_only(
     }
     let counts: Vec<usize> = sessions.iter().map(|(_, batch, batches)| batch * batches).collect();
     let contestants = sessions.iter_mut().map(|(session, batch, batches)| {
-        Box::new(move || predict(session, tiles, *batch, *batches)) as Contestant<'_, SessionError>
+        Box::new(move || timed(|| predict(session, tiles, *batch, *batches))) as Contestant<'_, SessionError>
     });
     let rules = RaceRules { warm_up: WARM_UP, least_rounds: 11, tolerance: TOLERANCE, most_time };
     let raced = race(&mut contestants.collect::<Vec<_>>(), rules)?;
@@ -135,7 +135,7 @@ pub(super) fn end_to_end(
     }
     let contestants = runners.iter_mut().map(|runner| {
         let out = &out;
-        Box::new(move || runner.round(course, out)) as Contestant<'_, ExperimentError>
+        Box::new(move || timed(|| runner.round(course, out))) as Contestant<'_, ExperimentError>
     });
     let rules = RaceRules { warm_up: WARM_UP, least_rounds: 6, tolerance: TOLERANCE, most_time: request.seconds };
     let raced = race(&mut contestants.collect::<Vec<_>>(), rules)?;

@@ -152,7 +152,7 @@ pub(super) fn batch_size(original: &Subject, asked: Option<NonZeroUsize>) -> Res
         (Some(asked), _) => BatchSize { run: asked.get(), batched: asked.get() },
         (None, Some(fixed)) => BatchSize { run: fixed, batched: fixed },
         (None, None) => {
-            let run = factory.auto_batch_size()?;
+            let run = factory.auto_batch_size(1)?;
             BatchSize { run, batched: run.max(BATCHED) }
         }
     })

@@ -1,9 +1,9 @@
 //! From predictions to figures with intervals: everything is computed anew on each draw of groups, in one pass.
 
 use super::predictions::Sample;
-use crate::experiment::predict::decided;
-use crate::inference::{Activation, ModelCard};
-use crate::measure::{Bootstrap, CALIBRATION_BINS, Calibration, ClassCounts, Ranking, is_in_top, mean_of_some};
+use crate::experiment::images::are_probabilities;
+use crate::inference::ModelCard;
+use crate::measure::{Bootstrap, CALIBRATION_BINS, Calibration, ClassCounts, Ranking, mean_of_some};
 use crate::report::{BinRecord, ClassFigures, DrawnRecord, FigureRecord, Figures};
 
 /// Top-5 says something from this many classes on.
@@ -38,8 +38,7 @@ pub(super) fn of_samples(samples: &[Sample], card: &ModelCard, groups: Groups) -
             Ranking::new(&column, samples.iter().map(|sample| sample.label == class).collect())
         })
         .collect();
-    let are_probabilities = card.activation != Activation::None
-        || samples.iter().flat_map(|sample| &sample.scores).all(|score| (0.0..=1.0).contains(score));
+    let are_probabilities = are_probabilities(card, samples.iter().flat_map(|sample| &sample.scores));
     let bootstrap = bootstrap(samples.len() * classes);
     let statistics = |drawn: &[usize]| {
         let times = times(drawn, groups.count);
@@ -74,7 +73,10 @@ pub(super) fn of_samples(samples: &[Sample], card: &ModelCard, groups: Groups) -
     let mut counts = ClassCounts::new(classes);
     samples.iter().for_each(|sample| counts.add_many(sample.label, sample.predicted, 1));
     let mut notes = notes(&counts, card, over_all[1].is_none(), are_probabilities);
-    notes.extend(thinned(&bootstrap));
+    if samples.iter().any(|sample| sample.scores.iter().any(|score| score.is_nan())) {
+        notes.push("AUC is not told: some of the model's scores are no numbers.".to_owned());
+    }
+    notes.extend(about_intervals(&bootstrap, groups));
     Computed {
         figures: Figures {
             top1: over_all[0],
@@ -128,7 +130,7 @@ pub(super) fn of_maps(by_group: &[ClassCounts], card: &ModelCard, groups: Groups
         classes: by_classes(card, &counts, by_class),
         calibration: Vec::new(),
         drawn: drawn(&bootstrap, groups),
-        notes: left_out.into_iter().chain(absent(&counts, card)).collect(),
+        notes: left_out.into_iter().chain(absent(&counts, card)).chain(about_intervals(&bootstrap, groups)).collect(),
     }
 }
 
@@ -174,8 +176,11 @@ fn bootstrap(scores: usize) -> Bootstrap {
     Bootstrap { resamples, ..usual }
 }
 
-fn thinned(bootstrap: &Bootstrap) -> Option<String> {
+fn about_intervals(bootstrap: &Bootstrap, groups: Groups) -> Option<String> {
     let (taken, usual) = (bootstrap.resamples, Bootstrap::default().resamples);
+    if groups.count < 2 {
+        return Some("There are no intervals: they need two groups to draw from, or images.".to_owned());
+    }
     (taken < usual).then(|| format!("Intervals are of {taken} draws instead of {usual}: there are very many scores."))
 }
 
@@ -183,7 +188,7 @@ fn drawn(bootstrap: &Bootstrap, groups: Groups) -> DrawnRecord {
     DrawnRecord {
         unit: if groups.are_named { "groups" } else { "images" }.to_owned(),
         units: groups.count as u64,
-        resamples: bootstrap.resamples as u64,
+        resamples: if groups.count < 2 { 0 } else { bootstrap.resamples as u64 },
         confidence: bootstrap.confidence,
         seed: bootstrap.seed,
     }
@@ -241,26 +246,13 @@ fn absent(counts: &ClassCounts, card: &ModelCard) -> Option<String> {
     let is_absent = |(index, _): &(usize, &crate::inference::Class)| counts.support(*index) == 0;
     let names: Vec<&str> =
         card.classes.iter().enumerate().filter(is_absent).map(|(_, class)| class.name.as_str()).collect();
-    (!names.is_empty()).then(|| format!("No label has the class {}: means are over the others.", names.join(", ")))
-}
-
-impl Sample {
-    /// A prediction out of scores.
-    pub(super) fn new(item: usize, label: usize, group: usize, scores: Vec<f32>) -> Self {
-        let is_in_top5 = is_in_top(&scores, label, 5);
-        Self { item, label, group, predicted: decided(&scores), is_in_top5, scores }
-    }
-
-    /// The largest score.
-    pub(super) fn confidence(&self) -> Option<f64> {
-        self.predicted.map(|class| f64::from(self.scores[class]))
-    }
+    (!names.is_empty()).then(|| format!("No label has the class {}: means are over the others, but where it was predicted its F1, Dice and IoU are 0.", names.join(", ")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inference::{BareModel, Class};
+    use crate::inference::{Activation, BareModel, Class};
     use std::path::Path;
 
     fn card(classes: usize) -> ModelCard {
@@ -316,10 +308,13 @@ mod tests {
         let rows = [vec![0.3, 0.2, 0.2, 0.1, 0.1, 0.1], vec![f32::NAN; 6]];
         let samples: Vec<Sample> =
             rows.into_iter().enumerate().map(|(item, row)| Sample::new(item, 4, item, row)).collect();
-        let computed = of_samples(&samples, &card(6), Groups { count: 2, are_named: false });
+        let bare = ModelCard { activation: Activation::None, ..card(6) };
+        let computed = of_samples(&samples, &bare, Groups { count: 2, are_named: false });
+        assert!(computed.figures.ece.is_some(), "what is no number is no reason against the others");
         assert_eq!(computed.figures.top5.map(|figure| figure.value), Some(0.5));
         assert_eq!(computed.figures.top1.map(|figure| figure.value), Some(0.0));
         assert_eq!(computed.figures.auc, None);
+        assert!(computed.notes.iter().any(|note| note.starts_with("AUC is not told")), "{:?}", computed.notes);
         assert!(computed.notes.iter().any(|note| note.contains("c0, c1, c2, c3, c5")), "{:?}", computed.notes);
     }
 

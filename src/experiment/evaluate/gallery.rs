@@ -4,7 +4,7 @@ use image::imageops::{self, FilterType};
 use image::{Rgb, RgbImage};
 
 use super::figures::foreground;
-use super::predictions::{self, Sample, Segmented};
+use super::predictions::{self, Mapped, Sample, Segmented};
 use crate::experiment::ExperimentError;
 use crate::experiment::images::{self, Fit};
 use crate::experiment::labels::Labelled;
@@ -67,10 +67,9 @@ pub(super) fn of_maps(
     for (dice, image) in by_dice.into_iter().take(WORST_MAPS) {
         let item = &labelled.items[image.item];
         // Predicted once more: keeping the maps of all images would take memory for nothing.
-        let (truth, map) = predictions::map(item, card, session)?;
+        let Mapped { image: pixels, truth, map } = predictions::map(item, card, session)?;
         let truth: Vec<Option<usize>> =
             truth.into_iter().map(|label| (label != u8::MAX).then_some(usize::from(label))).collect();
-        let pixels = images::pixels(&item.image)?;
         let pictures = [
             small(&pixels, MAP_SIDE),
             small(&painted(&pixels, &truth, card), MAP_SIDE),
@@ -146,8 +145,13 @@ mod tests {
             truth: crate::experiment::labels::Truth::Class(0),
             group: 0,
         };
-        let labelled =
-            Labelled { path: path.clone(), items: (0..4).map(item).collect(), groups: 1, group_names: Vec::new() };
+        let labelled = Labelled {
+            path: path.clone(),
+            items: (0..4).map(item).collect(),
+            groups: 1,
+            group_names: Vec::new(),
+            others: Vec::new(),
+        };
         let rows = [[0.6, 0.4, 0.0, 0.0], [0.3, 0.7, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0], [f32::NAN; 4]];
         let samples: Vec<Sample> =
             rows.into_iter().enumerate().map(|(item, row)| Sample::new(item, 0, 0, row.to_vec())).collect();

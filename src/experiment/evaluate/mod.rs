@@ -14,8 +14,7 @@ use self::figures::Groups;
 use self::predictions::{Predicted, Sample, Segmented};
 pub use super::images::Fit;
 use super::labels::{self, Labelled, Truth};
-use super::pace::Paced;
-use super::predict::{model_record, ran_on};
+use super::pace::{Paced, model_record, ran_on};
 use super::{ExperimentError, images, resources};
 use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
 use crate::measure::{ClassCounts, Confusion};
@@ -73,14 +72,20 @@ struct Taken {
     busy: BTreeMap<String, f64>,
 }
 
-fn timed<T>(
+/// Predicts, and numbers the groups of what could be.
+fn predicted<T>(
+    labelled: &Labelled,
     session: &mut Paced,
+    group: fn(&mut T) -> &mut usize,
     predict: impl FnOnce(&mut Paced) -> Result<Predicted<T>, ExperimentError>,
-) -> Result<(Predicted<T>, Taken), ExperimentError> {
+) -> Result<(Predicted<T>, Groups, Taken), ExperimentError> {
     let (devices, start) = (session.predictor.devices().to_vec(), Instant::now());
     let (predicted, seen) = resources::watched(&devices, || predict(session));
+    let mut predicted = predicted?;
     let (pace, seconds, busy) = (session.record(), start.elapsed().as_secs_f64(), seen.busy_by_device());
-    Ok((predicted?, Taken { pace, seconds, busy }))
+    some_are_left(&predicted, labelled)?;
+    let groups = number_groups(labelled, predicted.images.iter_mut().map(group));
+    Ok((predicted, groups, Taken { pace, seconds, busy }))
 }
 
 fn classification(
@@ -90,14 +95,13 @@ fn classification(
     say: &mut dyn FnMut(&str),
 ) -> Result<Evaluation, ExperimentError> {
     let card = &request.card;
-    let (mut predicted, taken) = timed(session, |session| predictions::classify(labelled, card, session, request.fit))?;
-    let groups = number_groups(labelled, predicted.images.iter_mut().map(|sample| &mut sample.group));
-    some_are_left(&predicted, labelled)?;
+    let classify = |session: &mut Paced| predictions::classify(labelled, card, session, request.fit);
+    let (predicted, groups, taken) = predicted(labelled, session, |sample| &mut sample.group, classify)?;
     say("drawing intervals");
     let computed = figures::of_samples(&predicted.images, card, groups);
     let worst = gallery::of_samples(&predicted.images, labelled, card, request.fit)?;
     let samples = predicted.images.iter().map(|sample| sample_record(sample, labelled, card)).collect();
-    Ok(Evaluation { found: record(request, session, predicted, computed, (worst, taken)), samples })
+    Ok(Evaluation { found: record(request, labelled, session, predicted, computed, (worst, taken)), samples })
 }
 
 fn segmentation(
@@ -107,16 +111,15 @@ fn segmentation(
     say: &mut dyn FnMut(&str),
 ) -> Result<Evaluation, ExperimentError> {
     let card = &request.card;
-    let (mut predicted, taken) = timed(session, |session| predictions::segment(labelled, card, session))?;
-    let groups = number_groups(labelled, predicted.images.iter_mut().map(|image| &mut image.group));
-    some_are_left(&predicted, labelled)?;
+    let segment = |session: &mut Paced| predictions::segment(labelled, card, session);
+    let (predicted, groups, taken) = predicted(labelled, session, |image| &mut image.group, segment)?;
     let mut by_group = vec![ClassCounts::new(card.classes.len()); groups.count];
     predicted.images.iter().for_each(|image| by_group[image.group].merge(&image.counts, 1));
     say("drawing intervals");
     let computed = figures::of_maps(&by_group, card, groups);
     let worst = gallery::of_maps(&predicted.images, labelled, card, session)?;
     let samples = predicted.images.iter().map(|image| image_record(image, labelled)).collect();
-    Ok(Evaluation { found: record(request, session, predicted, computed, (worst, taken)), samples })
+    Ok(Evaluation { found: record(request, labelled, session, predicted, computed, (worst, taken)), samples })
 }
 
 /// Numbers the groups anew, without those of which no image could be read.
@@ -144,6 +147,7 @@ fn some_are_left<T>(predicted: &Predicted<T>, labelled: &Labelled) -> Result<(),
 
 fn record<T>(
     request: &EvaluateRequest,
+    labelled: &Labelled,
     session: &Paced,
     predicted: Predicted<T>,
     computed: figures::Computed,
@@ -151,6 +155,15 @@ fn record<T>(
 ) -> EvaluatedRecord {
     let (card, confusion) = (&request.card, &predicted.confusion);
     let classes = card.classes.len();
+    let mut notes = computed.notes;
+    let not_a_number: u64 = (0..classes).map(|label| confusion.count(label, classes)).sum();
+    if not_a_number > 0 {
+        let what = if card.task == Task::Segmentation { "pixels" } else { "images" };
+        notes.insert(0, format!("For {not_a_number} {what} the model gave no number; they count as wrong."));
+    }
+    if let Some(first) = labelled.others.first() {
+        notes.push(format!("{} files in the class folders are no images, such as {first}.", labelled.others.len()));
+    }
     EvaluatedRecord {
         model: model_record(&session.predictor),
         ran_on: ran_on(&session.predictor),
@@ -158,7 +171,7 @@ fn record<T>(
         fit: request.fit.to_string(),
         images: predicted.images.len() as u64,
         items: confusion.items(),
-        not_a_number: (0..classes).map(|label| confusion.count(label, classes)).sum(),
+        not_a_number,
         failed: predicted.failed,
         figures: computed.figures,
         classes: computed.classes,
@@ -169,7 +182,7 @@ fn record<T>(
         pace: taken.pace,
         utilisation_by_device: taken.busy,
         seconds: taken.seconds,
-        notes: computed.notes,
+        notes,
     }
 }
 
@@ -209,7 +222,13 @@ mod tests {
 
     #[test]
     fn groups_without_images_are_not_drawn() {
-        let labelled = Labelled { path: "a".into(), items: Vec::new(), groups: 5, group_names: vec!["p".into()] };
+        let labelled = Labelled {
+            path: "a".into(),
+            items: Vec::new(),
+            groups: 5,
+            group_names: vec!["p".into()],
+            others: Vec::new(),
+        };
         let mut groups = [4, 1, 4, 0];
         let found = number_groups(&labelled, groups.iter_mut());
         assert_eq!((groups, found.count, found.are_named), ([0, 1, 0, 2], 3, true));

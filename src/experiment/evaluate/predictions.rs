@@ -1,14 +1,14 @@
 //! What a model says of labelled images, and which of them can't be read.
 
+use image::RgbImage;
 use rayon::prelude::*;
 
 use crate::experiment::ExperimentError;
-use crate::experiment::images::{self, Fit, ScoreMap};
+use crate::experiment::images::{self, Fit, ScoreMap, decided, failed_image};
 use crate::experiment::labels::{self, Item, Labelled, Truth};
 use crate::experiment::pace::Paced;
-use crate::experiment::predict::failed_image;
 use crate::inference::ModelCard;
-use crate::measure::{ClassCounts, Confusion};
+use crate::measure::{ClassCounts, Confusion, is_in_top};
 use crate::report::FailedImage;
 
 /// Images that are decoded side by side before they are predicted.
@@ -26,6 +26,19 @@ pub(super) struct Sample {
     pub(super) is_in_top5: bool,
     /// Of each class.
     pub(super) scores: Vec<f32>,
+}
+
+impl Sample {
+    /// A prediction out of scores.
+    pub(super) fn new(item: usize, label: usize, group: usize, scores: Vec<f32>) -> Self {
+        let is_in_top5 = is_in_top(&scores, label, 5);
+        Self { item, label, group, predicted: decided(&scores), is_in_top5, scores }
+    }
+
+    /// The largest score.
+    pub(super) fn confidence(&self) -> Option<f64> {
+        self.predicted.map(|class| f64::from(self.scores[class]))
+    }
 }
 
 /// A labelled image that was segmented.
@@ -56,25 +69,28 @@ pub(super) fn classify(
 ) -> Result<Predicted<Sample>, ExperimentError> {
     let (batch, classes) = (session.predictor.total_batch_size(), card.classes.len());
     let (mut samples, mut failed, mut confusion) = (Vec::new(), Vec::new(), Confusion::new(classes + 1));
-    let items: Vec<(usize, &Item)> = labelled.items.iter().enumerate().collect();
     // Whole batches, so that only the very last one may be smaller.
-    for items in items.chunks(READ_AHEAD.div_ceil(batch) * batch) {
-        let read: Vec<_> = items.par_iter().map(|(_, item)| images::tile(&item.image, card, fit)).collect();
+    let ahead = READ_AHEAD.div_ceil(batch) * batch;
+    for (start, items) in (0..).step_by(ahead).zip(labelled.items.chunks(ahead)) {
+        let read: Vec<_> = items.par_iter().map(|item| images::tile(&item.image, card, fit)).collect();
         let mut tiles = Vec::with_capacity(items.len());
-        for ((index, item), tile) in items.iter().zip(read) {
+        for ((index, item), tile) in (start..).zip(items).zip(read) {
             match (tile, &item.truth) {
-                (Ok(tile), Truth::Class(label)) => tiles.push((*index, *label, item.group, tile)),
+                (Ok(tile), Truth::Class(label)) => tiles.push((index, *label, item.group, tile)),
                 (Ok(_), Truth::Mask(_)) => {}
-                (Err(error @ ExperimentError::Image { .. }), _) => failed.push(failed_image(&item.image, &error)),
+                (Err(error), _) if images::is_about_one_image(&error) => {
+                    failed.push(failed_image(&item.image, &error));
+                }
                 (Err(error), _) => return Err(error),
             }
         }
-        let slices: Vec<&[u8]> = tiles.iter().map(|(.., tile)| tile.as_slice()).collect();
-        let scores = images::classify(&slices, session, batch)?;
-        for ((item, label, group, _), scores) in tiles.iter().zip(scores) {
-            let sample = Sample::new(*item, *label, *group, scores);
-            confusion.add(sample.label, sample.predicted.unwrap_or(classes));
-            samples.push(sample);
+        for tiles in tiles.chunks(batch) {
+            let slices: Vec<&[u8]> = tiles.iter().map(|(.., tile)| tile.as_slice()).collect();
+            for ((item, label, group, _), scores) in tiles.iter().zip(images::classify(&slices, session)?) {
+                let sample = Sample::new(*item, *label, *group, scores);
+                confusion.add(sample.label, sample.predicted.unwrap_or(classes));
+                samples.push(sample);
+            }
         }
     }
     Ok(Predicted { images: samples, failed, confusion })
@@ -90,7 +106,7 @@ pub(super) fn segment(
     let (mut segmented, mut failed, mut confusion) = (Vec::new(), Vec::new(), Confusion::new(classes + 1));
     for (index, item) in labelled.items.iter().enumerate() {
         match map(item, card, session) {
-            Ok((truth, map)) => {
+            Ok(Mapped { truth, map, .. }) => {
                 let mut of_image = Confusion::new(classes + 1);
                 for (pixel, label) in truth.iter().enumerate().filter(|(_, label)| **label != u8::MAX) {
                     of_image.add(usize::from(*label), map.class_at(pixel).unwrap_or(classes));
@@ -98,22 +114,37 @@ pub(super) fn segment(
                 confusion.merge(&of_image);
                 segmented.push(Segmented { item: index, group: item.group, counts: counts(&of_image, classes) });
             }
-            Err(error @ ExperimentError::Image { .. }) => failed.push(failed_image(&item.image, &error)),
+            Err(error) if images::is_about_one_image(&error) => failed.push(failed_image(&item.image, &error)),
             Err(error) => return Err(error),
         }
+    }
+    if failed.is_empty() && confusion.items() == 0 {
+        return Err(images::unsuited(
+            &labelled.path,
+            "labels no pixel: all masks are 255".to_owned(),
+            "check the masks",
+        ));
     }
     Ok(Predicted { images: segmented, failed, confusion })
 }
 
-/// The mask of a labelled image, and the model's map of it.
-pub(super) fn map(item: &Item, card: &ModelCard, session: &mut Paced) -> Result<(Vec<u8>, ScoreMap), ExperimentError> {
+/// A labelled image with what is right of it and what the model says.
+pub(super) struct Mapped {
+    pub(super) image: RgbImage,
+    /// The mask's values, `[row, column]`.
+    pub(super) truth: Vec<u8>,
+    pub(super) map: ScoreMap,
+}
+
+pub(super) fn map(item: &Item, card: &ModelCard, session: &mut Paced) -> Result<Mapped, ExperimentError> {
     let image = images::pixels(&item.image)?;
     let truth = match &item.truth {
         Truth::Mask(mask) => labels::mask(mask, image.dimensions(), card.classes.len())?,
         Truth::Class(_) => Vec::new(),
     };
     let batch = session.predictor.total_batch_size();
-    Ok((truth, images::segment(&image, &item.image, card, session, batch)?))
+    let map = images::segment(&image, &item.image, card, session, batch)?;
+    Ok(Mapped { image, truth, map })
 }
 
 /// By class, where the last class of the confusion is no number.

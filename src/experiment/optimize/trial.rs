@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use super::{Candidate, OptimizeRequest, record};
 use crate::experiment::ExperimentError;
 use crate::experiment::agreement::{self, Agreement};
-use crate::experiment::race::{Contestant, RaceRules, race};
+use crate::experiment::race::{Contestant, RaceRules, race, timed};
 use crate::inference::{
     Activation, Device, DeviceRequest, ModelCard, Prediction, Provider, ProviderRequest, Session, SessionError,
     SessionFactory, SessionOptions, Variant, device,
@@ -141,10 +141,9 @@ impl<'a> Trial<'a> {
         let batch = if provider.runs_on(Device::Cpu) { 1 } else { tiles.len() };
         let count = turn_size(sessions[0].as_mut(), tiles, batch)?;
         let contestants = sessions.iter_mut().map(|session| {
-            Box::new(move || {
-                let turn = tiles.iter().copied().cycle().take(count).collect::<Vec<&[u8]>>();
-                turn.chunks(batch).try_for_each(|batch| session.predict(batch).map(drop))
-            }) as Contestant<'_, SessionError>
+            let turn: Vec<&[u8]> = tiles.iter().copied().cycle().take(count).collect();
+            Box::new(move || timed(|| turn.chunks(batch).try_for_each(|batch| session.predict(batch).map(drop))))
+                as Contestant<'_, SessionError>
         });
         let rules = RaceRules { warm_up: 1, least_rounds: 11, tolerance: 0.01, most_time: self.request.most_time };
         let raced = race(&mut contestants.collect::<Vec<_>>(), rules)?;

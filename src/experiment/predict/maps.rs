@@ -5,17 +5,17 @@ use std::path::Path;
 use image::{GrayImage, RgbImage};
 
 use crate::experiment::ExperimentError;
-use crate::experiment::images::{self, ScoreMap};
+use crate::experiment::images::{self, HALF, ScoreMap};
 use crate::experiment::pace::Paced;
 use crate::geometry::Level0Rect;
 use crate::inference::ModelCard;
 use crate::output::{self, ClassStyle, MapArea, Overlay, OverlayClass, Thumbnail};
 use crate::report::{ImageClass, ImageRecord};
 
-/// Probability below which a pixel is not tinted, as in a run without further settings.
-const FLOOR: f64 = 0.5;
+/// A mask's value where there is no class.
+const NO_CLASS: u8 = u8::MAX;
 
-/// Segments an image and writes `ID.mask.png`, whose values are indices of classes, and `ID.overlay.png`.
+/// Segments an image and writes `ID.mask.png`, whose values are indices of classes and 255 for none, and `ID.overlay.png`.
 pub(super) fn map(
     path: &Path,
     image: &RgbImage,
@@ -25,15 +25,12 @@ pub(super) fn map(
 ) -> Result<ImageRecord, ExperimentError> {
     let batch = session.predictor.total_batch_size();
     let map = images::segment(image, path, card, session, batch)?;
-    let mut classes = Vec::with_capacity(image.width() as usize * image.height() as usize);
-    for class in map.class_map() {
-        let Some(class) = class else {
-            let reason = "the model gives no number for some of its pixels".to_owned();
-            return Err(images::unsuited(path, reason, "try the fp32 variant"));
-        };
-        // A mask has room for 255 classes, the last value being none.
-        classes.push(u8::try_from(class).unwrap_or(u8::MAX));
+    if !map.is_complete() {
+        let reason = "the model gives no number for some of its pixels".to_owned();
+        return Err(images::unsuited(path, reason, "try the fp32 variant"));
     }
+    let value = |class: Option<usize>| class.and_then(|class| u8::try_from(class).ok()).unwrap_or(NO_CLASS);
+    let classes: Vec<u8> = map.class_map().into_iter().map(value).collect();
     let id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let (mask, overlay) = (out.join(format!("{id}.mask.png")), out.join(format!("{id}.overlay.png")));
     if let Some(picture) = GrayImage::from_raw(map.width, map.height, classes.clone()) {
@@ -67,7 +64,8 @@ fn drawn(id: &str, image: &RgbImage, card: &ModelCard, map: &ScoreMap, classes: 
     let byte = |probability: f32| (probability.clamp(0.0, 1.0) * 255.0).round() as u8;
     let of_class = |class| (0..classes.len()).map(|pixel| byte(map.probability(class, pixel))).collect();
     let probabilities: Vec<Vec<u8>> = (0..card.classes.len()).map(of_class).collect();
-    let index: Vec<u8> = classes.iter().map(|class| class.saturating_add(1)).collect();
+    // Of an overlay 0 is no class.
+    let index: Vec<u8> = classes.iter().map(|class| class.wrapping_add(1)).collect();
     let styles = card.classes.iter().enumerate().map(|(index, class)| OverlayClass {
         style: ClassStyle { name: class.name.clone(), color: class.color },
         is_background: card.background == Some(index),
@@ -79,7 +77,7 @@ fn drawn(id: &str, image: &RgbImage, card: &ModelCard, map: &ScoreMap, classes: 
         class_index: &index,
         probabilities: &probabilities.iter().map(Vec::as_slice).collect::<Vec<_>>(),
         classes: &styles.collect::<Vec<_>>(),
-        floor: FLOOR,
+        floor: f64::from(HALF),
     };
     // An image says nothing of its resolution; it is taken to be the model's, as its tiles are.
     output::draw_overlay(&Thumbnail { pixels: image, area, um_per_px: card.mpp.get() }, &overlay)

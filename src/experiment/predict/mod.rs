@@ -9,19 +9,17 @@ use std::path::{Path, PathBuf};
 use image::RgbImage;
 
 use super::ExperimentError;
-use super::images;
-use super::pace::Paced;
-use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
-use crate::measure::predicted_class;
-use crate::report::{
-    FailedImage, FolderRecord, ImageClass, ImageRecord, ModelRecord, PredictedRecord, RanOnRecord, TileRecord,
-};
+use super::images::{self, decided, failed_image};
+use super::pace::{Paced, model_record, ran_on};
+use crate::inference::{ModelCard, Predictor, PredictorOptions, Task};
+use crate::report::{FolderRecord, ImageClass, ImageRecord, PredictedRecord, TileRecord};
 use crate::slide;
 
 /// What a slide's file is called where no library is there to look into it.
 const SLIDES: [&str; 9] = ["svs", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide", "bif", "dcm"];
-/// From this probability on an image has a model's only class.
-const HALF: f32 = 0.5;
+
+/// Classes that a mask of bytes has room for beside what is no class.
+const MOST_CLASSES: usize = 254;
 
 /// What is predicted, and how.
 #[derive(Clone, Debug)]
@@ -57,7 +55,17 @@ pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Pr
         (_, out) => out.as_deref(),
     };
     if card.task == Task::Segmentation {
+        if card.classes.len() > MOST_CLASSES {
+            let reason = format!("has {} classes, but a mask has room for {MOST_CLASSES}", card.classes.len());
+            return Err(images::unsuited(&card.path, reason, "use slidestream run with csv"));
+        }
         no_name_twice(found.iter().flat_map(|group| &group.images))?;
+    }
+    // The second time it would predict its own masks and overlays.
+    let is_input = |group: &Group| same_folder(group.folder.as_deref(), out);
+    if let Some(folder) = found.iter().find(|group| is_input(group)).and_then(|group| group.folder.as_deref()) {
+        let reason = "is the folder of the images: masks and overlays would be images of it too".to_owned();
+        return Err(images::unsuited(folder, reason, "choose another folder with out"));
     }
     let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
     let model = model_record(&session.predictor);
@@ -78,48 +86,23 @@ pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Pr
             folders.push(together(folder, card, &images[before.0..], failed.len() - before.1));
         }
     }
-    let (max_tiles, pace) = (request.max_tiles, session.record());
-    Ok(PredictedRecord { model, ran_on, tile_size: card.tile_size, max_tiles, images, folders, failed, pace })
+    let max_tiles = if card.task == Task::Segmentation { 0 } else { request.max_tiles };
+    let (pace, notes) = (session.record(), notes(card, &images));
+    Ok(PredictedRecord { model, ran_on, tile_size: card.tile_size, max_tiles, images, folders, failed, notes, pace })
 }
 
-/// The model as records name it.
-pub(super) fn model_record(predictor: &Predictor) -> ModelRecord {
-    let (card, variant) = (predictor.card(), predictor.variant());
-    ModelRecord {
-        name: card.name.clone(),
-        variant: variant.name.clone(),
-        file: variant.file.display().to_string(),
-        sha256: variant.sha256.clone(),
-        task: card.task.to_string(),
-        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
-    }
+/// Whether results would lie among the images of a folder.
+fn same_folder(folder: Option<&Path>, out: Option<&Path>) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    folder.and_then(real).is_some_and(|folder| out.and_then(real) == Some(folder))
 }
 
-pub(super) fn ran_on(predictor: &Predictor) -> RanOnRecord {
-    RanOnRecord {
-        device: device::in_words(predictor.devices()),
-        provider: predictor.provider().to_string(),
-        reason: predictor.reason().to_owned(),
-        sessions: predictor.sessions(),
-        batch_size: predictor.batch_size(),
-        total_batch_size: predictor.total_batch_size(),
-        load_secs: predictor.load_secs(),
-        warm_up_secs: predictor.warm_up_secs(),
-    }
-}
-
-/// An image that is left out, and why.
-pub(super) fn failed_image(path: &Path, error: &ExperimentError) -> FailedImage {
-    let text = error.chain();
-    let path = path.display().to_string();
-    let reason = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text).to_owned();
-    FailedImage { path, reason }
-}
-
-/// The class that scores stand for: the most probable one, of a model with one class that class from one half on; `None`
-/// for neither, and for NaN.
-pub(super) fn decided(scores: &[f32]) -> Option<usize> {
-    predicted_class(scores).filter(|_| scores.len() > 1 || scores[0] >= HALF)
+fn notes(card: &ModelCard, images: &[ImageRecord]) -> Vec<String> {
+    #[expect(clippy::cast_possible_truncation, reason = "to be held against 0 and 1")]
+    let scores: Vec<f32> =
+        images.iter().flat_map(|image| &image.classes).map(|class| class.probability as f32).collect();
+    let note = "The model's scores are no probabilities: it has no activation. Set `activation` in its card.";
+    (!images::are_probabilities(card, scores.iter())).then(|| note.to_owned()).into_iter().collect()
 }
 
 /// Images that were named together.
@@ -143,10 +126,8 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Group>, ExperimentError> {
                 ));
             }
             groups.push(Group { folder: Some(path.clone()), images });
-        } else if is_slide(path) {
-            let reason = "is a slide, not an image".to_owned();
-            return Err(images::unsuited(path, reason, "use slidestream run for slides"));
         } else {
+            not_a_slide(path)?;
             groups.push(Group { folder: None, images: vec![path.clone()] });
         }
     }
@@ -157,6 +138,11 @@ fn is_slide(path: &Path) -> bool {
     let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
     extension.is_some_and(|extension| SLIDES.contains(&extension.as_str()))
         || (path.is_file() && slide::detect(path).is_some())
+}
+
+fn not_a_slide(path: &Path) -> Result<(), ExperimentError> {
+    let reason = || "is a slide, not an image".to_owned();
+    if is_slide(path) { Err(images::unsuited(path, reason(), "use slidestream run for slides")) } else { Ok(()) }
 }
 
 /// A mask is named after its image, so no two may share a name.
@@ -177,10 +163,7 @@ fn one(
     session: &mut Paced,
     out: Option<&Path>,
 ) -> Result<ImageRecord, ExperimentError> {
-    if is_slide(path) {
-        let reason = "is a slide, not an image".to_owned();
-        return Err(images::unsuited(path, reason, "use slidestream run for slides"));
-    }
+    not_a_slide(path)?;
     let image = images::pixels(path)?;
     match (request.card.task, out) {
         (Task::Segmentation, Some(out)) => maps::map(path, &image, &request.card, session, out),
@@ -205,7 +188,7 @@ fn classify(
     for corners in chosen.chunks(batch) {
         let tiles: Vec<Vec<u8>> = corners.iter().map(|corner| images::cut(image, *corner, side)).collect();
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
-        scores.extend(images::classify(&tiles, session, batch)?);
+        scores.extend(images::classify(&tiles, session)?);
     }
     if let Some(bad) = scores.iter().position(|row| row.iter().any(|score| !score.is_finite())) {
         let (x, y) = chosen[bad];

@@ -10,14 +10,15 @@ use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use self::slide::Machine;
-pub use self::slide::{SlideQuestion, SlideSize, TileCounts};
+pub use self::slide::{CountedSlide, SlideQuestion, SlideSize};
 use super::ExperimentError;
 use super::resources::{self, Seen};
 use super::tiles::TileSet;
 use crate::engine::config::{Emit, OnFailure, RunConfig, TilingConfig};
 use crate::engine::{Engine, EngineError, LoadRequest, Simulated, stage_record};
-use crate::inference::{Device, ModelCard, device, matmul_flops_per_sec};
+use crate::inference::{Device, ModelCard, Provider, SessionError, device, matmul_flops_per_sec};
 use crate::measure::Samples;
+use crate::onnx::ElementType;
 use crate::onnx::vit::VitConfig;
 use crate::pipeline::Cancel;
 use crate::report::compare::{IntervalRecord, SummaryRecord};
@@ -34,9 +35,9 @@ const LEAST_ROUNDS: usize = 6;
 pub(super) const TOLERANCE: f64 = 0.02;
 
 /// What is to be simulated.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct SimulateRequest {
-    /// Variant, devices, provider and sessions.
+    /// Variant, devices, provider, readers and sessions.
     pub load: LoadRequest,
     /// Tiles per batch, each to be tried; empty for the device's own.
     pub batch_sizes: Vec<NonZeroUsize>,
@@ -45,7 +46,7 @@ pub struct SimulateRequest {
     /// The ViT that the model was built from, for the formula and its warnings.
     pub vit: Option<VitConfig>,
     /// The slide whose time is asked for.
-    pub slide: Option<SlideQuestion>,
+    pub slide: Option<CountedSlide>,
     /// Power of the machine while it infers, where it is known better than a GPU tells it.
     pub watts: Option<f64>,
 }
@@ -57,7 +58,6 @@ pub struct SimulateRequest {
 pub fn simulate(
     card: ModelCard,
     request: &SimulateRequest,
-    cancel: &Cancel,
     say: &mut dyn FnMut(&str),
 ) -> Result<Simulation, ExperimentError> {
     let variant = match &request.load.variant {
@@ -67,70 +67,32 @@ pub fn simulate(
     say("counting parameters and operations");
     let (size, element) = size::size(&card, variant, request.vit.as_ref())?;
     let resolved = device::resolve(&request.load.devices, request.load.provider, variant.provider)?;
-    let device = resolved.devices.first().copied().unwrap_or(Device::Cpu);
-    say("measuring the device's matrix product");
-    // There is no such ceiling for integers: their products are measured against nothing.
-    let ceiling = element.map(|element| matmul_flops_per_sec(device, resolved.provider, element)).transpose()?;
+    let devices = resolved.devices;
+    let idle_bytes = resources::used_device_bytes(&devices);
+    resources::forget_peak_host_bytes();
 
     say("loading");
     let tiles = TileSet::synthetic(card.tile_size, TILES, SEED).tiles;
+    let batch_sizes = ascending(&request.batch_sizes);
     let start = Instant::now();
-    let load = LoadRequest { batch_size: request.batch_sizes.first().copied(), ..request.load.clone() };
+    let load = LoadRequest { batch_size: batch_sizes.first().copied(), ..request.load.clone() };
     let mut engine = Engine::load(card.clone(), &load, config(&card))?;
     let load_secs = start.elapsed().as_secs_f64();
-    let start = Instant::now();
-    let one_each = engine.execution().sessions * engine.batch_size().get();
-    engine.simulate(&tiles, one_each, cancel, &mut |_| {})?;
-    let first_batch_secs = start.elapsed().as_secs_f64();
-
     let mut found = Simulation {
         model: engine.model().clone(),
-        warnings: size::warnings(&size, request.vit.as_ref(), device),
+        warnings: size::warnings(&size, request.vit.as_ref(), devices.first().copied().unwrap_or(Device::Cpu)),
         size,
         load_secs,
-        first_batch_secs,
-        ceiling_flops_per_sec: ceiling,
         ..Simulation::default()
     };
-    sweep(&mut engine, &tiles, &resolved.devices, request, &mut found, cancel, say)?;
-    found.execution = engine.execution();
-    found.peak_host_bytes = resources::peak_host_bytes();
-    if let Some(question) = &request.slide {
-        say("estimating the slide");
-        let best = found.points.get(found.best);
-        let machine = Machine {
-            inference: best.map_or(0.0, |point| point.tiles_per_sec.value),
-            shares_cores: device == Device::Cpu,
-            readers: found.execution.readers,
-            cores: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
-            watts: request.watts.or(best.and_then(|point| point.watts)),
-        };
-        found.slide = Some(slide::estimate(question, &card, &machine)?);
-    }
-    Ok(found)
-}
-
-/// Measures every batch size, ascending: memory that a large batch took would serve the small ones too, and a GPU is
-/// kept at the largest batch that it met.
-fn sweep(
-    engine: &mut Engine,
-    tiles: &[Vec<u8>],
-    devices: &[Device],
-    request: &SimulateRequest,
-    found: &mut Simulation,
-    cancel: &Cancel,
-    say: &mut dyn FnMut(&str),
-) -> Result<(), ExperimentError> {
-    let mut batch_sizes = request.batch_sizes.clone();
-    if batch_sizes.is_empty() {
-        batch_sizes.push(engine.batch_size());
-    }
-    batch_sizes.sort_unstable();
-    batch_sizes.dedup();
+    found.first_batch_secs = first_batch(&mut engine, &tiles, batch_sizes.is_empty(), &mut found.warnings)?;
+    say("measuring the devices' matrix product");
+    found.ceiling_flops_per_sec = element.map(|element| ceiling(&devices, resolved.provider, element)).transpose()?;
+    let batch_sizes = if batch_sizes.is_empty() { vec![engine.batch_size()] } else { batch_sizes };
     for batch_size in batch_sizes {
         say(&format!("measuring batches of {batch_size}"));
         engine.set_batch_size(batch_size);
-        match measure(engine, tiles, devices, request.most_time, cancel) {
+        match Measured::of(&mut engine, &tiles, &devices, idle_bytes, request.most_time) {
             Ok(measured) => found.points.push(measured.point(found.size.flops, found.ceiling_flops_per_sec)),
             Err(EngineError::Session(error)) if error.is_out_of_memory() && !found.points.is_empty() => {
                 found.warnings.push(format!("batches of {batch_size} and more do not fit the device's memory"));
@@ -141,60 +103,125 @@ fn sweep(
     }
     let rate = |index: &usize| found.points[*index].tiles_per_sec.value;
     found.best = (0..found.points.len()).max_by(|a, b| rate(a).total_cmp(&rate(b))).unwrap_or(0);
-    Ok(())
+    let best = found.points.get(found.best);
+    let best_size = best.and_then(|best| NonZeroUsize::new(best.batch_size));
+    engine.set_batch_size(best_size.unwrap_or(engine.batch_size()));
+    found.execution = engine.execution();
+    found.peak_host_bytes = resources::peak_host_bytes();
+    if let Some(slide) = &request.slide {
+        say("estimating the slide");
+        let machine = Machine {
+            inference: best.map_or(0.0, |point| point.tiles_per_sec.value),
+            shares_cores: devices.contains(&Device::Cpu),
+            readers: found.execution.readers,
+            cores: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            watts: request.watts.or(best.and_then(|point| point.watts)),
+        };
+        found.slide = Some(slide.estimate(&machine)?);
+    }
+    Ok(found)
+}
+
+/// Each batch size once, the smallest first: memory that a large batch took would serve the small ones too, and a GPU is
+/// kept at the largest batch that it met.
+fn ascending(batch_sizes: &[NonZeroUsize]) -> Vec<NonZeroUsize> {
+    let mut ascending = batch_sizes.to_vec();
+    ascending.sort_unstable();
+    ascending.dedup();
+    ascending
+}
+
+/// Seconds of the first batch. Where the device chose its size and does not have the memory after all it is halved, as in
+/// a run.
+fn first_batch(
+    engine: &mut Engine,
+    tiles: &[Vec<u8>],
+    may_be_less: bool,
+    warnings: &mut Vec<String>,
+) -> Result<f64, EngineError> {
+    let asked = engine.batch_size();
+    loop {
+        match engine.simulate(tiles, engine.batches_of_all(), &Cancel::default(), &mut |_| false) {
+            Err(EngineError::Session(error))
+                if error.is_out_of_memory() && may_be_less && engine.batch_size().get() > 1 =>
+            {
+                let half = NonZeroUsize::new(engine.batch_size().get() / 2).unwrap_or(NonZeroUsize::MIN);
+                engine.set_batch_size(half);
+            }
+            outcome => {
+                let rounds = outcome?.rounds;
+                if engine.batch_size() < asked {
+                    warnings.push(format!("memory sufficed for batches of {} tiles, not {asked}", engine.batch_size()));
+                }
+                return Ok(rounds.first().map_or(0.0, Duration::as_secs_f64));
+            }
+        }
+    }
+}
+
+/// What all devices together multiply.
+fn ceiling(devices: &[Device], provider: Provider, element: ElementType) -> Result<f64, SessionError> {
+    devices.iter().map(|device| matmul_flops_per_sec(*device, provider, element)).sum()
+}
+
+/// As many full batches, the same for every session, as take about `secs`.
+pub(super) fn batches_for(engine: &mut Engine, tiles: &[Vec<u8>], secs: f64) -> Result<NonZeroUsize, EngineError> {
+    let once = engine.batches_of_all();
+    // The first round chooses kernels and fills the channels.
+    let trial = engine.simulate(tiles, once, &Cancel::default(), &mut |rounds| rounds.len() < 3)?;
+    let took = trial.rounds.last().map_or(secs, Duration::as_secs_f64);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 10,000")]
+    let times = (secs / took).ceil().clamp(1.0, 10_000.0) as usize;
+    Ok(NonZeroUsize::new(times * once.get()).unwrap_or(once))
 }
 
 /// The rounds of one batch size.
 struct Measured {
-    rounds: Vec<Simulated>,
+    batch_size: NonZeroUsize,
+    /// Full batches of a round, over all sessions.
+    batches: NonZeroUsize,
+    simulated: Simulated,
     is_stable: bool,
     seen: Seen,
 }
 
-fn measure(
-    engine: &mut Engine,
-    tiles: &[Vec<u8>],
-    devices: &[Device],
-    most_time: Duration,
-    cancel: &Cancel,
-) -> Result<Measured, EngineError> {
-    let step = engine.execution().sessions * engine.batch_size().get();
-    // The first round chooses kernels for the batch, the second tells how many tiles make a round long enough.
-    engine.simulate(tiles, step, cancel, &mut |_| {})?;
-    let trial = engine.simulate(tiles, step, cancel, &mut |_| {})?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 10,000")]
-    let steps = (ROUND_SECS / trial.duration.as_secs_f64()).ceil().clamp(1.0, 10_000.0) as usize;
-    let (rounds, seen) = resources::watched(devices, || {
-        let start = Instant::now();
-        let (mut rounds, mut secs) = (Vec::new(), Vec::new());
-        loop {
-            let round = engine.simulate(tiles, steps * step, cancel, &mut |_| {})?;
-            secs.push(round.duration.as_secs_f64());
-            rounds.push(round);
-            let is_stable = Samples::new(secs.clone()).is_some_and(|samples| samples.is_stable(TOLERANCE));
-            if rounds.len() >= LEAST_ROUNDS && (is_stable || start.elapsed() >= most_time) {
-                return Ok::<_, EngineError>((rounds, is_stable));
-            }
-        }
-    });
-    let (rounds, is_stable) = rounds?;
-    Ok(Measured { rounds, is_stable, seen })
-}
-
 impl Measured {
+    fn of(
+        engine: &mut Engine,
+        tiles: &[Vec<u8>],
+        devices: &[Device],
+        idle_bytes: u64,
+        most_time: Duration,
+    ) -> Result<Self, EngineError> {
+        let batches = batches_for(engine, tiles, ROUND_SECS)?;
+        let (mut start, mut is_stable) = (None, false);
+        let mut goes_on = |rounds: &[Duration]| {
+            let start = *start.get_or_insert_with(Instant::now);
+            let secs: Vec<f64> = rounds[1..].iter().map(Duration::as_secs_f64).collect();
+            let count = secs.len();
+            is_stable = Samples::new(secs).is_some_and(|samples| samples.is_stable(TOLERANCE));
+            count < LEAST_ROUNDS || !is_stable && start.elapsed() < most_time
+        };
+        let (simulated, seen) = resources::watched_since(devices, idle_bytes, || {
+            engine.simulate(tiles, batches, &Cancel::default(), &mut goes_on)
+        });
+        Ok(Self { batch_size: engine.batch_size(), batches, simulated: simulated?, is_stable, seen })
+    }
+
     fn point(self, flops: u64, ceiling: Option<f64>) -> PointRecord {
-        let Self { rounds, is_stable, seen } = self;
-        let rates: Vec<f64> = rounds.iter().map(|round| round.tiles as f64 / round.duration.as_secs_f64()).collect();
+        let Self { batch_size, batches, simulated, is_stable, seen } = self;
+        let tiles = (batches.get() * batch_size.get()) as f64;
+        let rates: Vec<f64> = simulated.rounds[1..].iter().map(|round| tiles / round.as_secs_f64()).collect();
         let samples = Samples::new(rates.clone());
         let interval = samples.as_ref().and_then(Samples::median_interval);
         let median = samples.as_ref().map_or(0.0, Samples::median);
-        let batches: Vec<f64> = rounds.iter().flat_map(|round| round.batch_secs.iter().copied()).collect();
+        let per_tile = simulated.batch_secs.iter().map(|secs| secs / batch_size.get() as f64).collect();
         let flops_per_sec = flops as f64 * median;
         PointRecord {
-            batch_size: rounds.first().map_or(0, |round| round.batch_size.get()),
+            batch_size: batch_size.get(),
             tiles_per_sec: interval.map_or(IntervalRecord { value: median, low: median, high: median }, Into::into),
             samples_tiles_per_sec: rates,
-            ms_per_batch: Samples::new(batches).map(|batches| SummaryRecord::in_ms(&batches.summary())),
+            ms_per_tile: Samples::new(per_tile).map(|secs| SummaryRecord::in_ms(&secs.summary())),
             flops_per_sec,
             share_of_ceiling: ceiling.map(|ceiling| flops_per_sec / ceiling),
             peak_device_bytes: seen.peak_bytes,
@@ -202,7 +229,7 @@ impl Measured {
             utilisation_by_device: seen.busy_by_device(),
             watts: seen.mean_watts(),
             is_stable,
-            stages: rounds.last().map(|round| round.stages.iter().map(stage_record).collect()).unwrap_or_default(),
+            stages: simulated.stages.iter().map(stage_record).collect(),
         }
     }
 }
@@ -216,5 +243,17 @@ pub(super) fn config(card: &ModelCard) -> RunConfig {
         on_tile_error: OnFailure::Fail,
         on_nonfinite: OnFailure::Fail,
         icc: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batch_sizes_are_tried_from_the_smallest_on() {
+        let sizes = |sizes: &[usize]| sizes.iter().map(|size| NonZeroUsize::new(*size).unwrap()).collect::<Vec<_>>();
+        assert_eq!(ascending(&sizes(&[256, 64, 256, 1])), sizes(&[1, 64, 256]));
+        assert_eq!(ascending(&[]), []);
     }
 }

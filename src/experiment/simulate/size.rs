@@ -40,6 +40,7 @@ pub(in crate::experiment) fn size(
         parameter_bytes: cost.parameter_bytes,
         flops: cost.flops,
         flops_by_op: cost.by_op,
+        elementwise: cost.elementwise,
         uncounted: cost.uncounted,
         formula,
     };
@@ -57,8 +58,10 @@ fn element(rewriter: &Rewriter) -> Option<ElementType> {
     };
     let integers = elements_of(&[ElementType::I8, ElementType::U8]);
     let (halves, floats) = (elements_of(&[ElementType::F16]), elements_of(&[ElementType::F32]));
+    // Of other floats, such as BF16, no products are measured.
+    let others = elements_of(&[ElementType::F64, ElementType::Bf16]);
     match () {
-        () if integers > halves.max(floats) => None,
+        () if integers.max(others) > halves.max(floats) => None,
         () if halves > floats => Some(ElementType::F16),
         () => Some(ElementType::F32),
     }
@@ -68,7 +71,8 @@ fn element(rewriter: &Rewriter) -> Option<ElementType> {
 pub(super) fn warnings(size: &ModelSizeRecord, vit: Option<&VitConfig>, on: Device) -> Vec<String> {
     let mut warnings = Vec::new();
     if let Some(vit) = vit.filter(|vit| vit.dim > WIDE || vit.depth > DEEP) {
-        warnings.push(format!("a large model: {} channels in {} blocks", vit.dim, vit.depth));
+        warnings
+            .push(format!("a large model: {} channels in {} blocks, more than {WIDE} or {DEEP}", vit.dim, vit.depth));
     }
     let Device::Cuda { index } = on else { return warnings };
     let gpu = device::list().gpus.into_iter().find(|gpu| gpu.index == index);
@@ -94,7 +98,7 @@ mod tests {
         let vit: VitConfig = "dim=1280,depth=32,heads=16".parse().unwrap();
         assert_eq!(
             warnings(&ModelSizeRecord::default(), Some(&vit), Device::Cpu),
-            ["a large model: 1280 channels in 32 blocks"]
+            ["a large model: 1280 channels in 32 blocks, more than 1024 or 24"]
         );
         assert_eq!(tight(8 << 30, 80 << 30), None);
         assert!(tight(24 << 30, 80 << 30).unwrap().contains("72.0 GiB are needed, the GPU has 80.0 GiB"));

@@ -1,6 +1,8 @@
 //! What a rate means for a slide: how many tiles it has, how long they take, and what bounds it.
 
-use std::path::{Path, PathBuf};
+use std::panic::resume_unwind;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::engine::config::TilingConfig;
@@ -13,6 +15,8 @@ use crate::slide::{ReadOptions, Slide, TileReader};
 
 /// Tiles of a slide that reading is measured on, at most.
 const MOST_READ: usize = 512;
+/// Tiles that are read one after the other: neighbours share what is stored of a slide, as in a run.
+const STRETCH: usize = 64;
 /// How long reading is measured, at most.
 const MOST_READ_TIME: Duration = Duration::from_secs(5);
 
@@ -29,7 +33,78 @@ pub enum SlideQuestion {
         tiles: u64,
     },
     /// A real one, with its own size and tissue.
-    File(PathBuf),
+    File {
+        /// The slide.
+        path: PathBuf,
+        /// Its resolution at level 0, if the file does not tell.
+        mpp: Option<Mpp>,
+        /// What neighbouring tiles share.
+        overlap: Overlap,
+    },
+}
+
+/// A slide whose tiles are counted, so that only their rate is missing.
+#[derive(Debug)]
+pub struct CountedSlide {
+    record: EstimateRecord,
+    /// Of a real slide.
+    plan: Option<SlidePlan>,
+}
+
+impl SlideQuestion {
+    /// Counts the tiles for a model, which for a real slide looks for its tissue.
+    ///
+    /// # Errors
+    /// [`ExperimentError`] if the slide can't be read or cut into tiles, or has none with tissue.
+    pub fn count(&self, card: &ModelCard) -> Result<CountedSlide, ExperimentError> {
+        let counted = match self {
+            Self::Size(size) => {
+                let counts = size.tiles(card)?;
+                let record = EstimateRecord {
+                    name: size.name.clone(),
+                    width: Some(size.width),
+                    height: Some(size.height),
+                    mpp: Some(size.mpp.unwrap_or(card.mpp).get()),
+                    overlap: Some(size.overlap.in_pixels(card.tile_size)),
+                    grid_tiles: Some(counts.grid),
+                    full_tiles: Some(counts.full),
+                    tissue_fraction: Some(size.tissue_fraction),
+                    tiles: counts.tissue,
+                    ..EstimateRecord::default()
+                };
+                CountedSlide { record, plan: None }
+            }
+            Self::Tiles { name, tiles } => {
+                let record = EstimateRecord { name: name.clone(), tiles: *tiles, ..EstimateRecord::default() };
+                CountedSlide { record, plan: None }
+            }
+            Self::File { path, mpp, overlap } => {
+                let overlap = overlap.in_pixels(card.tile_size);
+                let tiling = TilingConfig { overlap, slide_mpp: *mpp, ..TilingConfig::of(card) };
+                let plan = plan::plan(Slide::open(path)?, &tiling)?;
+                CountedSlide { record: of_plan(&plan), plan: Some(plan) }
+            }
+        };
+        if counted.record.tiles == 0 {
+            return Err(ExperimentError::NoTiles { path: PathBuf::from(&counted.record.name) });
+        }
+        Ok(counted)
+    }
+}
+
+fn of_plan(plan: &SlidePlan) -> EstimateRecord {
+    let (extent, tiles) = (plan.slide.extent(), plan.positions.len() as u64);
+    EstimateRecord {
+        name: plan.slide.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        width: u64::try_from(extent.width).ok(),
+        height: u64::try_from(extent.height).ok(),
+        mpp: Some(plan.pixel_size.x.get()),
+        overlap: Some(plan.overlap),
+        grid_tiles: Some(plan.grid_tiles),
+        tissue_fraction: Some(tiles as f64 / plan.grid_tiles.max(1) as f64),
+        tiles,
+        ..EstimateRecord::default()
+    }
 }
 
 /// A slide described by numbers.
@@ -51,10 +126,7 @@ pub struct SlideSize {
 
 impl SlideSize {
     /// The tiles of the slide: all of the grid, those wholly on the slide, and those with tissue.
-    ///
-    /// # Errors
-    /// [`ExperimentError`] if the overlap leaves no step, or a tile is larger than the slide.
-    pub fn tiles(&self, card: &ModelCard) -> Result<TileCounts, ExperimentError> {
+    fn tiles(&self, card: &ModelCard) -> Result<TileCounts, ExperimentError> {
         let downsample = card.mpp.get() / self.mpp.unwrap_or(card.mpp).get();
         let side = |pixels: u64| i64::try_from(pixels).unwrap_or(i64::MAX);
         let plane = TilePlane {
@@ -73,20 +145,19 @@ impl SlideSize {
         let grid = TileGrid::new(plane, overlap)?;
         let full = |extent: u64| (extent - tile) / u64::from(grid.stride) + 1;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count")]
-        let tissue = (grid.len() as f64 * self.tissue_fraction).ceil() as u64;
+        let tissue = (grid.len() as f64 * self.tissue_fraction).round().max(1.0) as u64;
         Ok(TileCounts { grid: grid.len(), full: full(plane.width()) * full(plane.height()), tissue })
     }
 }
 
 /// Tiles of a slide.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TileCounts {
+struct TileCounts {
     /// Of the engine's grid, which covers every pixel.
-    pub grid: u64,
+    grid: u64,
     /// Those that lie wholly on the slide.
-    pub full: u64,
+    full: u64,
     /// Those of the grid with tissue.
-    pub tissue: u64,
+    tissue: u64,
 }
 
 /// The machine as far as an estimate needs it.
@@ -103,89 +174,68 @@ pub(super) struct Machine {
     pub(super) watts: Option<f64>,
 }
 
-/// The time of a slide on a machine.
-///
-/// # Errors
-/// [`ExperimentError`] if the slide can't be read or has no tiles, or nothing was inferred.
-pub(super) fn estimate(
-    question: &SlideQuestion,
-    card: &ModelCard,
-    machine: &Machine,
-) -> Result<EstimateRecord, ExperimentError> {
-    if machine.inference.is_nan() || machine.inference <= 0.0 {
-        return Err(ExperimentError::NoThroughput);
-    }
-    let mut record = EstimateRecord { inference_tiles_per_sec: machine.inference, ..EstimateRecord::default() };
-    match question {
-        SlideQuestion::Size(size) => {
-            let counts = size.tiles(card)?;
-            record.name.clone_from(&size.name);
-            (record.width, record.height) = (Some(size.width), Some(size.height));
-            (record.grid_tiles, record.full_tiles) = (Some(counts.grid), Some(counts.full));
-            record.tissue_fraction = Some(size.tissue_fraction);
-            record.tiles = counts.tissue;
+impl CountedSlide {
+    /// The time of the slide on a machine.
+    ///
+    /// # Errors
+    /// [`ExperimentError`] if the slide can't be read, or nothing was inferred.
+    pub(super) fn estimate(&self, machine: &Machine) -> Result<EstimateRecord, ExperimentError> {
+        if machine.inference.is_nan() || machine.inference <= 0.0 {
+            return Err(ExperimentError::NoThroughput);
         }
-        SlideQuestion::Tiles { name, tiles } => {
-            record.name.clone_from(name);
-            record.tiles = *tiles;
-        }
-        SlideQuestion::File(path) => of_file(path, card, machine, &mut record)?,
+        let reading = self.plan.as_ref().map(|plan| reading_rate(plan, machine.readers)).transpose()?;
+        let (tiles_per_sec, bound_by) = together(machine, reading);
+        let seconds = self.record.tiles as f64 / tiles_per_sec;
+        let per_hour = 3600.0 / seconds;
+        Ok(EstimateRecord {
+            inference_tiles_per_sec: machine.inference,
+            reading_tiles_per_sec: reading,
+            tiles_per_sec,
+            seconds,
+            bound_by,
+            slides_per_hour: per_hour,
+            slides_per_day: 24.0 * per_hour,
+            watts: machine.watts,
+            kwh_per_1000_slides: machine.watts.map(|watts| watts * seconds * 1000.0 / 3.6e6),
+            ..self.record.clone()
+        })
     }
-    if record.tiles == 0 {
-        return Err(ExperimentError::NoTiles { path: PathBuf::from(&record.name) });
-    }
-    (record.tiles_per_sec, record.bound_by) = together(machine, record.reading_tiles_per_sec);
-    record.seconds = record.tiles as f64 / record.tiles_per_sec;
-    record.slides_per_hour = 3600.0 / record.seconds;
-    record.slides_per_day = 24.0 * record.slides_per_hour;
-    record.kwh_per_1000_slides = machine.watts.map(|watts| watts * record.seconds * 1000.0 / 3.6e6);
-    Ok(record)
 }
 
-fn of_file(
-    path: &Path,
-    card: &ModelCard,
-    machine: &Machine,
-    record: &mut EstimateRecord,
-) -> Result<(), ExperimentError> {
-    let plan = plan::plan(Slide::open(path)?, &TilingConfig::of(card))?;
-    let extent = plan.slide.extent();
-    path.file_name().unwrap_or_default().to_string_lossy().as_ref().clone_into(&mut record.name);
-    (record.width, record.height) = (u64::try_from(extent.width).ok(), u64::try_from(extent.height).ok());
-    record.grid_tiles = Some(plan.grid_tiles);
-    record.tiles = plan.positions.len() as u64;
-    record.tissue_fraction = Some(record.tiles as f64 / plan.grid_tiles.max(1) as f64);
-    if !plan.positions.is_empty() {
-        record.reading_tiles_per_sec = Some(reading_rate(&plan, machine.readers)?);
-    }
-    Ok(())
-}
-
-/// Tiles per second of all readers, with nothing else to do: each reads its share of tiles that lie evenly over the
-/// slide's tissue.
+/// Tiles per second of all readers, with nothing else to do: stretches of neighbours that lie evenly over the slide's
+/// tissue, of which each reader takes the next tile, as in a run.
 fn reading_rate(plan: &SlidePlan, readers: usize) -> Result<f64, ExperimentError> {
     let options = ReadOptions { tile_size: plan.plane.tile_size, icc: false };
-    let count = plan.positions.len().min(MOST_READ);
-    let chosen: Vec<_> = (0..count).map(|index| plan.positions[index * plan.positions.len() / count]).collect();
-    let share = count.div_ceil(readers);
-    let start = Instant::now();
+    let chosen: Vec<TilePosition> = stretches(plan.positions.len()).map(|index| plan.positions[index]).collect();
+    let (next, start) = (AtomicUsize::new(0), Instant::now());
+    let read = || {
+        let mut reader = TileReader::new(&plan.slide, &plan.choice, options)?;
+        let (mut pixels, mut done) = (Vec::new(), 0_usize);
+        while done == 0 || start.elapsed() < MOST_READ_TIME {
+            let Some(position) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            reader.read(*position, &mut pixels)?;
+            done += 1;
+        }
+        Ok::<usize, ExperimentError>(done)
+    };
     let read = std::thread::scope(|scope| {
-        let read = |positions: &[TilePosition]| {
-            let mut reader = TileReader::new(&plan.slide, &plan.choice, options)?;
-            let (mut pixels, mut done) = (Vec::new(), 0_usize);
-            for position in positions {
-                if done > 0 && start.elapsed() > MOST_READ_TIME {
-                    break;
-                }
-                reader.read(*position, &mut pixels)?;
-                done += 1;
-            }
-            Ok::<usize, ExperimentError>(done)
-        };
-        let workers: Vec<_> = chosen.chunks(share).map(|part| scope.spawn(move || read(part))).collect();
-        workers.into_iter().map(|worker| worker.join().unwrap_or(Ok(0))).sum::<Result<usize, _>>()
+        let workers: Vec<_> = (0..readers).map(|_| scope.spawn(read)).collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .sum::<Result<usize, _>>()
     })?;
     Ok(read as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Indices of at most [`MOST_READ`] of `count` tiles: whole stretches, evenly spread.
+fn stretches(count: usize) -> impl Iterator<Item = usize> {
+    let all = count.div_ceil(STRETCH);
+    let taken = all.min(MOST_READ / STRETCH);
+    (0..taken).flat_map(move |stretch| {
+        let begin = stretch * all / taken * STRETCH;
+        begin..(begin + STRETCH).min(count)
+    })
 }
 
 /// The rate of reading and inference together, and what bounds it.
@@ -221,6 +271,7 @@ fn together(machine: &Machine, reading: Option<f64>) -> (f64, String) {
 mod tests {
     use super::*;
     use crate::inference::BareModel;
+    use std::path::Path;
 
     fn card(tile_size: u32) -> ModelCard {
         let card = ModelCard::load(Path::new("models/cells-vit"), &BareModel::default()).unwrap();
@@ -252,22 +303,32 @@ mod tests {
 
     #[test]
     fn what_can_not_be_cut_is_told() {
-        let error = size(200, 1000, "0px").tiles(&card(224)).unwrap_err().to_string();
+        let error = size(200, 1000, "0px").tiles(&card(224)).err().unwrap().to_string();
         assert!(error.contains("224") && error.contains("200"), "{error}");
-        let error = size(1000, 1000, "224px").tiles(&card(224)).unwrap_err().to_string();
+        let error = size(1000, 1000, "224px").tiles(&card(224)).err().unwrap().to_string();
         assert!(error.contains("no step"), "{error}");
         let nothing = Machine { inference: 0.0, ..MACHINE };
-        let question = SlideQuestion::Size(size(1000, 1000, "0px"));
-        assert!(estimate(&question, &card(224), &nothing).is_err());
+        let counted = SlideQuestion::Size(size(1000, 1000, "0px")).count(&card(224)).unwrap();
+        assert!(counted.estimate(&nothing).is_err());
     }
 
     #[test]
     fn time_and_energy_follow_from_the_rate() {
         let question = SlideQuestion::Tiles { name: "prostatectomy".to_owned(), tiles: 190_000 };
-        let record = estimate(&question, &card(224), &MACHINE).unwrap();
+        let record = question.count(&card(224)).unwrap().estimate(&MACHINE).unwrap();
         assert_eq!((record.seconds, record.slides_per_day), (1900.0, 24.0 * 3600.0 / 1900.0));
         // 500 W for 1,900 s are 0.264 kWh.
         assert!((record.kwh_per_1000_slides.unwrap() - 263.9).abs() < 0.1);
+        assert_eq!(record.watts, Some(500.0));
+    }
+
+    #[test]
+    fn neighbours_are_read_together_all_over_the_slide() {
+        assert_eq!(stretches(100).collect::<Vec<_>>(), (0..100).collect::<Vec<_>>());
+        let chosen: Vec<usize> = stretches(64 * 32).collect();
+        // Every fourth of 32 stretches.
+        assert_eq!((chosen.len(), chosen[63], chosen[64], chosen[511]), (512, 63, 256, 28 * 64 + 63));
+        assert_eq!(stretches(0).count(), 0);
     }
 
     #[test]
@@ -281,5 +342,7 @@ mod tests {
         let (rate, why) = together(&Machine { shares_cores: true, ..MACHINE }, Some(300.0));
         assert_eq!(rate, 75.0);
         assert!(why.contains("inference takes 75 %"), "{why}");
+        let (_, why) = together(&Machine { readers: 16, ..MACHINE }, Some(50.0));
+        assert!(why.contains("all 16 cores read; twice as many would give up to +100 %"), "{why}");
     }
 }

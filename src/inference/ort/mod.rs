@@ -155,21 +155,21 @@ impl SessionFactory {
         self.shared.stop.clone()
     }
 
-    /// A batch size that suits the device: a constant on the CPU; on a GPU the largest power of two that fits, up to
-    /// 256, for maps 32, judged by what a trial batch takes.
+    /// A batch size that suits the device with so many sessions on it: a constant on the CPU; on a GPU the largest power
+    /// of two that fits, up to 256, for maps 32, judged by what a trial batch takes.
     ///
     /// # Errors
     /// [`SessionError`] if the trial fails for another reason than memory.
-    pub fn auto_batch_size(&self) -> Result<usize, SessionError> {
+    pub fn auto_batch_size(&self, sessions: usize) -> Result<usize, SessionError> {
         let cap = if self.shared.card.task == Task::Segmentation { 32 } else { 256 };
         let size = match self.shared.options.device {
             Device::Cpu => CPU_BATCH,
-            gpu @ Device::Cuda { .. } => self.trial(gpu, cap)?,
+            gpu @ Device::Cuda { .. } => self.trial(gpu, sessions, cap)?,
         };
         Ok(self.max_batch().unwrap_or(size))
     }
 
-    fn trial(&self, gpu: Device, cap: usize) -> Result<usize, SessionError> {
+    fn trial(&self, gpu: Device, sessions: usize, cap: usize) -> Result<usize, SessionError> {
         const TRIAL: usize = 8;
         let side = self.shared.card.tile_size as usize;
         let tile = vec![128; side * side * 3];
@@ -186,7 +186,7 @@ impl SessionFactory {
         let per_tile = free_after_one.saturating_sub(free) / (TRIAL as u64 - 1);
         // The GPU is given f32 input, whatever the arena already had room for.
         let input_bytes = tile.len() as u64 * 4;
-        Ok(fit_batch(per_tile.max(input_bytes), free_after_one, cap))
+        Ok(fit_batch(per_tile.max(input_bytes), free_after_one / sessions.max(1) as u64, cap))
     }
 }
 

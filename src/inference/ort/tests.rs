@@ -483,7 +483,7 @@ fn sessions_of_one_factory_agree() {
     let (mut one, mut two) = (factory.open().unwrap(), factory.open().unwrap());
     let pixels = tile([1, 2, 3]);
     assert_eq!(one.predict(&[&pixels]).unwrap(), two.predict(&[&pixels]).unwrap());
-    assert_eq!((factory.auto_batch_size().unwrap(), factory.max_batch()), (CPU_BATCH, None));
+    assert_eq!((factory.auto_batch_size(1).unwrap(), factory.max_batch()), (CPU_BATCH, None));
 }
 
 #[test]

@@ -47,7 +47,10 @@ pub enum VitError {
         key: String,
     },
     /// The name is none of the known ones.
-    #[error("{name:?} is neither a known ViT nor of the form key=value; keys are {}", KEYS.join(", "))]
+    #[error(
+        "{name:?} is neither the name of a ViT, which must come first, nor of the form key=value; names are {}; keys are {}",
+        PRESETS.map(|(name, ..)| name).join(", "), KEYS.join(", ")
+    )]
     UnknownName {
         /// What was given.
         name: String,
@@ -86,22 +89,12 @@ pub enum VitError {
         /// Patches in a row.
         side: usize,
     },
-}
-
-impl VitError {
-    /// How to put it right.
-    #[must_use]
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Self::UnknownKey { .. } | Self::UnknownName { .. } => Some(
-                "describe it as image=224,patch=16,dim=768,depth=12,heads=12,mlp=4,pool=cls or as vit_base_patch16_224",
-            ),
-            Self::NotDivisible { divisor_key: "heads", .. } => Some("heads share the channels: give a divisor of dim"),
-            Self::NotDivisible { .. } => Some("patches cover the image: give a divisor of the image's size"),
-            Self::Grid { .. } => Some("give a smaller image or larger patches"),
-            _ => None,
-        }
-    }
+    /// More weights than are built in memory.
+    #[error("{parameters} parameters are more than {MOST_PARAMETERS}")]
+    Parameters {
+        /// How many it has.
+        parameters: u64,
+    },
 }
 
 /// The properties' names in a description, in the order in which they are written.
@@ -109,6 +102,8 @@ const KEYS: [&str; 8] = ["image", "patch", "dim", "depth", "heads", "mlp", "pool
 /// Attention grows with the fourth power of this: 128 already means 268 million scores a head.
 const LARGEST_GRID: usize = 128;
 const MLP_RATIOS: RangeInclusive<f64> = 1.0..=16.0;
+/// More than any ViT of pathology has; in 32 bits 12 GB, which are held more than once while a model is built.
+const MOST_PARAMETERS: u64 = 3_000_000_000;
 
 /// The models that timm has under these names: patch, dim, depth, heads, mlp.
 const PRESETS: [(&str, [usize; 4], f64); 13] = [
@@ -173,7 +168,11 @@ impl VitConfig {
             }
         }
         let side = self.image / self.patch;
-        if side > LARGEST_GRID { Err(VitError::Grid { side }) } else { Ok(()) }
+        if side > LARGEST_GRID {
+            return Err(VitError::Grid { side });
+        }
+        let parameters = self.parameters();
+        if parameters > MOST_PARAMETERS { Err(VitError::Parameters { parameters }) } else { Ok(()) }
     }
 
     /// Patches of one image, the class token not among them.
@@ -410,11 +409,19 @@ mod tests {
     #[test]
     fn what_is_no_vit_is_told() {
         let keys = "image, patch, dim, depth, heads, mlp, pool, classes";
+        let names: Vec<&str> = VitConfig::presets().map(|(name, _)| name).collect();
+        let unknown = |name: &str| {
+            let known = names.join(", ");
+            format!(
+                "{name:?} is neither the name of a ViT, which must come first, nor of the form key=value; names are {known}; keys are {keys}"
+            )
+        };
         let cases = [
             ("width=3", format!("a ViT has no \"width\"; it has {keys}")),
-            ("vit_base", format!("\"vit_base\" is neither a known ViT nor of the form key=value; keys are {keys}")),
-            ("dim=64,heads", format!("\"heads\" is neither a known ViT nor of the form key=value; keys are {keys}")),
-            ("", format!("\"\" is neither a known ViT nor of the form key=value; keys are {keys}")),
+            ("vit_base", unknown("vit_base")),
+            ("dim=64,heads", unknown("heads")),
+            ("", unknown("")),
+            ("dim=8192,depth=128,mlp=16,heads=1", "309271797760 parameters are more than 3000000000".to_owned()),
             ("dim=768,dim=768", "dim is given twice".to_owned()),
             ("depth=", "depth=: depth must be a whole number".to_owned()),
             ("depth=-1", "depth=-1: depth must be a whole number".to_owned()),

@@ -35,10 +35,6 @@ pub fn evaluate_html(record: &EvaluateRecord) -> String {
     page(&format!("{} – slidestream evaluate", record.found.model.name), &body, &record.account.version)
 }
 
-fn is_map(record: &EvaluateRecord) -> bool {
-    record.found.model.task == "segmentation"
-}
-
 fn header(record: &EvaluateRecord) -> String {
     let found = &record.found;
     format!(
@@ -55,7 +51,7 @@ fn header(record: &EvaluateRecord) -> String {
 
 /// The figures over all classes with their intervals.
 fn shown(record: &EvaluateRecord) -> Vec<(&'static str, String, String)> {
-    let figures = record.found.figures.named().into_iter();
+    let figures = record.found.figures.named(record.found.is_map()).into_iter();
     figures.map(|(name, figure)| (name, fixed(figure.value, 3), interval(&figure))).collect()
 }
 
@@ -68,19 +64,9 @@ fn interval(figure: &FigureRecord) -> String {
 
 fn notes(record: &EvaluateRecord) -> String {
     let (found, mut notes) = (&record.found, record.found.notes.clone());
-    if found.not_a_number > 0 {
-        let what = if is_map(record) { "pixels" } else { "images" };
-        notes.insert(
-            0,
-            format!("For {} {what} the model gave no number; they count as wrong.", count(found.not_a_number)),
-        );
-    }
     if !found.failed.is_empty() {
         let images = found.failed.len() as u64;
         notes.insert(0, format!("Left out because they could not be read: {}, listed below.", count(images)));
-    }
-    if found.drawn.units < 2 {
-        notes.push("There are no intervals: they need at least two groups to draw from.".to_owned());
     }
     if notes.is_empty() {
         return String::new();
@@ -90,7 +76,7 @@ fn notes(record: &EvaluateRecord) -> String {
 }
 
 fn confusion(record: &EvaluateRecord) -> String {
-    let what = if is_map(record) { "pixels" } else { "images" };
+    let what = if record.found.is_map() { "pixels" } else { "images" };
     let lead = format!("Rows are labels, columns what the model says; colours are shares of the label's {what}.");
     let content = if record.found.classes.len() > MOST_CLASSES { frequent(record) } else { matrix(record) };
     section("Confusion matrix", &lead, &content)
@@ -161,10 +147,10 @@ fn frequent(record: &EvaluateRecord) -> String {
 }
 
 fn classes(record: &EvaluateRecord) -> String {
-    let (f1, items) = if is_map(record) { ("Dice", "pixels") } else { ("F1", "images") };
+    let (f1, items) = if record.found.is_map() { ("Dice", "pixels") } else { ("F1", "images") };
     let heads = owned(&["class", items, "predicted", "precision", "recall", f1, "IoU", "AUC"]);
     let row = |class: &ClassFigures| {
-        let iou = class.iou.filter(|_| is_map(record));
+        let iou = class.iou.filter(|_| record.found.is_map());
         let mut cells = vec![
             Cell::Text(class.class.clone()),
             Cell::Number(count(class.support)),
@@ -186,7 +172,7 @@ fn worst(record: &EvaluateRecord) -> String {
     if record.found.worst.is_empty() {
         return String::new();
     }
-    let (lead, class) = if is_map(record) {
+    let (lead, class) = if record.found.is_map() {
         ("The images with the lowest mean Dice: image, mask and prediction. Black has no label.", "pictures maps")
     } else {
         (
@@ -194,7 +180,7 @@ fn worst(record: &EvaluateRecord) -> String {
             "pictures tiles-of",
         )
     };
-    let mut html = if is_map(record) { legend(&record.found.classes) } else { String::new() };
+    let mut html = if record.found.is_map() { legend(&record.found.classes) } else { String::new() };
     let _ = writeln!(html, "<div class=\"{class}\">");
     for WorstRecord { path, label, predicted, value, png_base64 } in &record.found.worst {
         let name = path.rsplit(['/', '\\']).next().unwrap_or(path);
@@ -202,7 +188,7 @@ fn worst(record: &EvaluateRecord) -> String {
             (Some(label), Some(predicted)) => format!("{label} → {predicted}"),
             _ => format!("Dice {}", fixed(*value, 3)),
         };
-        let caption = if is_map(record) { name.to_owned() } else { format!("{} · {name}", fixed(*value, 3)) };
+        let caption = if record.found.is_map() { name.to_owned() } else { format!("{} · {name}", fixed(*value, 3)) };
         html.push_str(&figure(png_base64, &title, &caption));
     }
     section("The worst errors", lead, &(html + "</div>\n"))
@@ -353,7 +339,7 @@ mod tests {
                 images: 9,
                 items: 9,
                 not_a_number: 2,
-                failed: vec![FailedImage { path: HOSTILE.into(), reason: HOSTILE.into() }],
+                failed: vec![FailedImage { path: HOSTILE.into(), reason: HOSTILE.into(), hint: None }],
                 figures: Figures { top1: figure(0.5), ece: figure(f64::NAN), ..Figures::default() },
                 classes: (0..classes).map(class).collect(),
                 confusion: (0..classes).map(row).collect(),
@@ -384,7 +370,7 @@ mod tests {
             }
             assert_eq!(html.matches("src=\"data:image/png;base64,").count(), 3);
             assert_eq!(html.contains("class=\"heat\""), classes == 3);
-            for expected in ["For 2 images the model gave no number", "could not be read: 1, listed", "no number"] {
+            for expected in ["could not be read: 1, listed", "no number"] {
                 assert!(html.contains(expected), "{expected}");
             }
         }
