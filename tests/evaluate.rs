@@ -119,7 +119,7 @@ fn groups_are_named_in_a_table_and_drawn_together() {
     // Patient 0 is all right, patient 1 half: draws of two give 1/2, 3/4 or 1.
     assert_eq!(record["figures"]["top1"]["low"], 0.5);
     assert_eq!(record["figures"]["top1"]["high"], 1.0);
-    assert_eq!((record["pace"]["batch_size"].as_u64(), record["pace"]["tiles"].as_u64()), (Some(3), Some(8)));
+    assert_eq!((record["pace"]["batch_size"].as_u64(), record["pace"]["tiles"].as_u64()), (Some(3), Some(5)));
     assert!(fs::read_to_string(place.at("out/predictions.csv")).unwrap().contains(",patient 1,deep,"));
 }
 

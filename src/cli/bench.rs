@@ -115,7 +115,7 @@ struct Common {
     /// auto, cpu, openvino, cuda or tensorrt
     #[arg(long, value_name = "NAME", default_value = "auto")]
     provider: ProviderRequest,
-    /// Sessions over all devices
+    /// Sessions over all devices [default: one per core, two on each GPU; one with OpenVINO or TensorRT]
     #[arg(long, value_name = "N", value_parser = workers)]
     sessions: Option<NonZeroUsize>,
     /// Most seconds to measure, of `vit` each entry, once there were the fewest rounds
@@ -391,15 +391,6 @@ fn cells(entry: &BenchEntry) -> [String; 10] {
         unmerged.map_or_else(String::new, |lora| format!("{:.2} %", 100.0 * lora.share_of_parameters)),
         format!("{:.2}", entry.flops as f64 / 1e9),
         entry.peak_bytes().map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))),
-        busy(entry),
+        entry.busy_in_words(),
     ]
-}
-
-/// Of each device where there are several.
-fn busy(entry: &BenchEntry) -> String {
-    let percent = |share: &f64| format!("{:.0} %", 100.0 * share);
-    match entry.utilisation_by_device.len() {
-        0 | 1 => entry.utilisation.as_ref().map_or_else(String::new, percent),
-        _ => entry.utilisation_by_device.values().map(percent).collect::<Vec<_>>().join(", "),
-    }
 }

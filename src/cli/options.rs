@@ -204,7 +204,7 @@ pub(crate) struct RunOptions {
     /// Threads that read tiles
     #[arg(long, value_name = "N", help_heading = "Model")]
     pub(super) readers: Option<Text>,
-    /// Sessions that infer side by side
+    /// Sessions that infer side by side [default: one per core, two on each GPU; one with OpenVINO or TensorRT]
     #[arg(long, value_name = "N", help_heading = "Model")]
     pub(super) sessions: Option<Text>,
 

@@ -53,7 +53,7 @@ pub(super) struct Args {
     /// Threads that read tiles, for the estimate of a --slide [default: one per core]
     #[arg(long, value_name = "N", value_parser = workers, requires = "slide")]
     readers: Option<NonZeroUsize>,
-    /// Sessions over all devices
+    /// Sessions over all devices [default: one per core, two on each GPU; one with OpenVINO or TensorRT]
     #[arg(long, value_name = "N", value_parser = workers)]
     sessions: Option<NonZeroUsize>,
     /// Tiles per batch, each tried [default: by the device]
@@ -342,6 +342,9 @@ fn summary(found: &Simulation) -> String {
     for (index, point) in found.points.iter().enumerate() {
         let mark = if index == found.best && found.points.len() > 1 { "  best" } else { "" };
         writeln!(text, "{}{mark}", row(point)).ok();
+    }
+    for (device, busy) in found.points.get(found.best).iter().flat_map(|point| &point.utilisation_by_device) {
+        writeln!(text, "{device} was at work {:.0} % of the time at the best", 100.0 * busy).ok();
     }
     if found.execution.sessions > 1 {
         writeln!(text, "ms/tile are those of one of {} sessions, which run side by side", found.execution.sessions)

@@ -26,7 +26,8 @@ pub struct Simulated {
 
 impl Engine {
     /// Infers `tiles`, which take turns, in rounds of `batches` full batches for as long as `goes_on` says so of the rounds
-    /// that are done. No clock stands still between two rounds: the stages never run dry.
+    /// that are done. No clock stands still between two rounds: the stages never run dry. What is under way after the last
+    /// one is inferred too, and belongs to none.
     ///
     /// # Errors
     /// [`EngineError`] if there are no tiles, a batch can't be inferred, or someone asked to stop.

@@ -154,11 +154,11 @@ fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), Expe
     let mut items = Vec::new();
     for record in reader.records() {
         let record = record.map_err(broken)?;
-        let line = csv_line(&text, record.position());
+        let line = || csv_line(&text, record.position());
         let field = |index: usize| record.get(index).unwrap_or_default();
         let below = |name: &str| {
             let file = folder.join(name);
-            let reason = || format!("line {line}: {name:?} is no file");
+            let reason = || format!("line {}: {name:?} is no file", line());
             if file.is_file() { Ok(file) } else { Err(labels_error(path, reason())) }
         };
         let image = below(field(image))?;
@@ -166,11 +166,11 @@ fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), Expe
             Task::Segmentation => Truth::Mask(below(field(truth))?),
             _ => {
                 let class = class(card, field(truth));
-                Truth::Class(class.map_err(|reason| labels_error(path, format!("line {line}: {reason}")))?)
+                Truth::Class(class.map_err(|reason| labels_error(path, format!("line {}: {reason}", line())))?)
             }
         };
         if group.is_some_and(|column| field(column).is_empty()) {
-            return Err(labels_error(path, format!("line {line}: has no group")));
+            return Err(labels_error(path, format!("line {}: has no group", line())));
         }
         let next = groups.len();
         let group = group.map_or(items.len(), |group| *groups.entry(field(group).to_owned()).or_insert(next));

@@ -77,6 +77,9 @@ fn watch(monitor: &GpuMonitor, done: &AtomicBool) -> Seen {
     let mut seen = Seen::default();
     while !done.load(Ordering::Acquire) {
         let gpus = monitor.look();
+        if gpus.is_empty() {
+            break;
+        }
         seen.peak_bytes = seen.peak_bytes.max(Some(used_bytes(&gpus)));
         for gpu in &gpus {
             let device = Device::Cuda { index: gpu.index }.to_string();
@@ -143,6 +146,8 @@ mod tests {
         let seen = Seen { peak_bytes: None, busy, watts: Vec::new() };
         assert_eq!(seen.busy_by_device(), [("cuda:0".to_owned(), 0.9), ("cuda:1".to_owned(), 0.5)].into());
         assert_eq!((seen.mean_busy(), seen.mean_watts()), (Some(0.7), None));
+        let failed = std::panic::catch_unwind(|| watched(&[Device::Cpu], || panic!("of the work")));
+        assert!(failed.is_err());
         let (result, seen) = watched(&[Device::Cpu], || 7);
         assert_eq!((result, seen), (7, Seen::default()));
     }

@@ -191,6 +191,9 @@ fn resolve_with(
     probe: &mut dyn FnMut(Provider, Device) -> Result<(), String>,
 ) -> Result<Resolved, SessionError> {
     let asked = match devices {
+        DeviceRequest::Named(devices) if devices.is_empty() => {
+            return Err(SessionError::NoDevice { device: Device::Cpu, reason: "none was named".to_owned() });
+        }
         DeviceRequest::Named(devices) => devices.clone(),
         DeviceRequest::AllGpus if gpus.visible.is_empty() => {
             return Err(SessionError::NoDevice { device: Device::Cuda { index: 0 }, reason: gpus.why_none() });
@@ -509,6 +512,7 @@ mod tests {
             (on_cpu(), any, None, 1, &[Cpu, Cuda], Ok("cpu cpu")),
             (AllGpus, any, None, 2, &[Cuda], Ok("cuda:0,cuda:1 cuda")),
             (AllGpus, any, None, 0, &[Cpu], Err("device cuda:0 can't be had")),
+            (Named(Vec::new()), any, None, 1, &[Cpu], Err("device cpu can't be had: none was named")),
         ];
         for (devices, provider, preferred, gpu_count, loads, expected) in cases {
             let gpus = Gpus { visible: (0..*gpu_count).map(|index| gpu(index, "H100")).collect(), error: None };

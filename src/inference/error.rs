@@ -178,6 +178,9 @@ pub enum SessionError {
         /// How many devices there are.
         devices: usize,
     },
+    /// The system gives no threads for several sessions.
+    #[error("no threads for the sessions")]
+    Threads(#[source] rayon::ThreadPoolBuildError),
     /// A device asked for by name isn't there.
     #[error("device {device} can't be had: {reason}")]
     NoDevice {
@@ -293,6 +296,7 @@ impl SessionError {
         let text = match self {
             Self::Native(error) => return Some(error.hint()),
             Self::Model(error) => return error.hint().map(str::to_owned),
+            Self::Threads(_) => "set fewer `sessions`",
             Self::Uneven { .. } => "set `sessions` to a multiple of the number of devices",
             Self::NoDevice { .. } => "set `device` to auto or cpu, or see `doctor` for the devices there are",
             Self::NoProvider { .. } => "set `provider` to auto, or see `doctor` for the providers that load",

@@ -1,13 +1,16 @@
 //! One model, loaded and warm, for tiles that are at hand: no slide, no stages.
 
 use std::num::NonZeroUsize;
-use std::panic::resume_unwind;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::device::{self, Device, DeviceRequest, Provider, ProviderRequest};
 use super::{ModelCard, OrtSession, Prediction, Session, SessionError, SessionFactory, SessionOptions, Variant};
 
-/// Batches that run before a predictor is handed out: kernels are chosen and memory grows in them.
+/// Batches that run on a GPU before a predictor is handed out: kernels are chosen and memory grows in them. A CPU has
+/// nothing to choose; it runs a tile.
 const WARM_UP: usize = 2;
 
 /// Where and how a predictor runs; the default is a tile at a time, on what the machine has.
@@ -38,7 +41,9 @@ pub struct Predictor {
     card: ModelCard,
     variant: Variant,
     /// Those of one device after the other's.
-    sessions: Vec<OrtSession>,
+    sessions: Vec<Mutex<OrtSession>>,
+    /// A thread for each session, if there are several: on a GPU a new thread costs tens of milliseconds.
+    workers: Option<ThreadPool>,
     devices: Vec<Device>,
     provider: Provider,
     reason: String,
@@ -63,7 +68,9 @@ impl Predictor {
         let (devices, provider) = (found.devices, found.provider);
         let per_device = device::sessions_per_device(options.sessions, devices.len())?.unwrap_or(1);
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let intra_threads = (per_device > 1).then(|| NonZeroUsize::new(cores / per_device));
+        // OpenVINO brings threads of its own.
+        let intra_threads =
+            (per_device > 1 && provider != Provider::OpenVino).then(|| NonZeroUsize::new(cores / per_device));
         let intra_threads = intra_threads.map(|threads| threads.unwrap_or(NonZeroUsize::MIN));
         let (mut sessions, mut batch_size) = (Vec::new(), usize::MAX);
         for &device in &devices {
@@ -74,13 +81,27 @@ impl Predictor {
                 None => batch_size.min(factory.auto_batch_size(per_device)?),
             };
             for _ in 0..per_device {
-                sessions.push(factory.open()?);
+                sessions.push(Mutex::new(factory.open()?));
             }
         }
+        let workers = match sessions.len() {
+            1 => None,
+            count => Some(ThreadPoolBuilder::new().num_threads(count).build().map_err(SessionError::Threads)?),
+        };
         let load_secs = start.elapsed().as_secs_f64();
         let reason = found.reason;
-        let mut predictor =
-            Self { card, variant, sessions, devices, provider, reason, batch_size, load_secs, warm_up_secs: 0.0 };
+        let mut predictor = Self {
+            card,
+            variant,
+            sessions,
+            workers,
+            devices,
+            provider,
+            reason,
+            batch_size,
+            load_secs,
+            warm_up_secs: 0.0,
+        };
         let start = Instant::now();
         predictor.warm_up()?;
         predictor.warm_up_secs = start.elapsed().as_secs_f64();
@@ -162,27 +183,39 @@ impl Predictor {
     fn warm_up(&mut self) -> Result<(), SessionError> {
         let side = self.card.tile_size as usize;
         let tile = vec![128; side * side * 3];
-        let batch = vec![&tile[..]; self.total_batch_size()];
-        (0..WARM_UP).try_for_each(|_| self.predict(&batch).map(drop))
+        let is_cpu = self.devices.contains(&Device::Cpu);
+        let (batches, tiles) = if is_cpu { (1, self.sessions()) } else { (WARM_UP, self.total_batch_size()) };
+        let batch = vec![&tile[..]; tiles];
+        (0..batches).try_for_each(|_| self.predict(&batch).map(drop))
     }
 }
 
 impl Session for Predictor {
     /// The sessions share the tiles in equal parts, each a batch.
     fn predict(&mut self, tiles: &[&[u8]]) -> Result<Prediction, SessionError> {
-        if let [session] = &mut self.sessions[..] {
-            return session.predict(tiles);
-        }
-        let part = tiles.len().div_ceil(self.sessions.len()).max(1);
-        let parts: Vec<Result<Prediction, SessionError>> = std::thread::scope(|scope| {
-            let shares = self.sessions.iter_mut().zip(tiles.chunks(part));
-            let running: Vec<_> = shares.map(|(session, part)| scope.spawn(|| session.predict(part))).collect();
-            running.into_iter().map(|share| share.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-        });
-        let mut parts = parts.into_iter();
+        let share = tiles.len().div_ceil(self.sessions.len()).max(1);
+        let predict = |index: usize| {
+            let start = index * share;
+            let tiles = tiles.get(start..tiles.len().min(start + share)).filter(|tiles| !tiles.is_empty())?;
+            let mut session = self.sessions[index].lock().unwrap_or_else(PoisonError::into_inner);
+            Some(session.predict(tiles).map_err(|error| match error {
+                SessionError::TileBytes { index, got, expected } => {
+                    SessionError::TileBytes { index: start + index, got, expected }
+                }
+                error => error,
+            }))
+        };
+        let parts = match &self.workers {
+            None => vec![predict(0)],
+            Some(workers) => workers.broadcast(|worker| predict(worker.index())),
+        };
+        let mut parts = parts.into_iter().flatten();
         let mut whole = parts.next().ok_or(SessionError::EmptyBatch)??;
         for part in parts {
-            whole.append(&part?).map_err(|error| self.sessions[0].changing_shape(&error))?;
+            whole.append(&part?).map_err(|error| {
+                let session = self.sessions[0].lock().unwrap_or_else(PoisonError::into_inner);
+                session.changing_shape(&error)
+            })?;
         }
         Ok(whole)
     }
@@ -221,6 +254,9 @@ mod tests {
         assert!(by_two.iter().zip(&by_one).all(|(a, b)| (a - b).abs() < 1e-5), "{by_two} {by_one}");
         assert!(by_two.row(0) != by_two.row(1), "rows keep their order");
         assert!(matches!(replicas.predict(&[]), Err(SessionError::EmptyBatch)));
+        assert_eq!(replicas.predict(&three[..1]).unwrap().len(), 1, "fewer tiles than sessions");
+        let third_is_short = [&tiles[0][..], &tiles[1], &tiles[0][3..]];
+        assert!(matches!(replicas.predict(&third_is_short), Err(SessionError::TileBytes { index: 2, .. })));
         let wrong = predictor.predict_tile(&tiles[0][3..]);
         assert!(matches!(wrong, Err(SessionError::TileBytes { index: 0, .. })));
     }

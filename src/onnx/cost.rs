@@ -73,7 +73,7 @@ fn scales(rewriter: &Rewriter) -> BTreeSet<&str> {
         }
     };
     let of_node = |id| places(rewriter.node(id).op_type()).iter().map(move |place| rewriter.input(id, *place));
-    rewriter.ids().into_iter().flat_map(of_node).collect()
+    rewriter.ids().flat_map(of_node).collect()
 }
 
 /// What one node does for the whole batch.

@@ -81,9 +81,9 @@ pub fn start_in_words(ran_on: &RanOnRecord) -> String {
 pub struct PaceRecord {
     /// Tiles of the largest batch, over all sessions.
     pub batch_size: usize,
-    /// Tiles that were predicted.
+    /// Tiles that were timed: all but those of the first batch, where another of its size follows.
     pub tiles: u64,
-    /// Seconds that all batches took together.
+    /// Seconds that their batches took together.
     pub seconds: f64,
     /// Tiles by seconds.
     pub tiles_per_sec: f64,

@@ -63,6 +63,7 @@ pub struct ModelSizeRecord {
     /// The same by operator.
     pub flops_by_op: BTreeMap<String, u64>,
     /// Elements that all other operators compute, per tile: sums, activations, norms, softmax, pooling.
+    #[serde(default)]
     pub elementwise: u64,
     /// Operators whose cost is not known and not counted, and how many of each.
     pub uncounted: BTreeMap<String, usize>,
@@ -108,7 +109,7 @@ pub struct PointRecord {
     pub watts: Option<f64>,
     /// False if the time was up before the median was known well.
     pub is_stable: bool,
-    /// What the stages of the last round did.
+    /// What the stages did over all rounds, the first one and what was under way at the end included.
     pub stages: Vec<StageRecord>,
 }
 

@@ -73,7 +73,7 @@ pub(super) fn of_samples(samples: &[Sample], card: &ModelCard, groups: Groups) -
     let mut counts = ClassCounts::new(classes);
     samples.iter().for_each(|sample| counts.add_many(sample.label, sample.predicted, 1));
     let mut notes = notes(&counts, card, over_all[1].is_none(), are_probabilities);
-    if samples.iter().any(|sample| sample.scores.iter().any(|score| score.is_nan())) {
+    if over_all[3].is_none() && samples.iter().any(|sample| sample.scores.iter().any(|score| score.is_nan())) {
         notes.push("AUC is not told: some of the model's scores are no numbers.".to_owned());
     }
     notes.extend(about_intervals(&bootstrap, groups));

@@ -79,10 +79,13 @@ fn predicted<T>(
     group: fn(&mut T) -> &mut usize,
     predict: impl FnOnce(&mut Paced) -> Result<Predicted<T>, ExperimentError>,
 ) -> Result<(Predicted<T>, Groups, Taken), ExperimentError> {
-    let (devices, start) = (session.predictor.devices().to_vec(), Instant::now());
-    let (predicted, seen) = resources::watched(&devices, || predict(session));
+    let devices = session.predictor.devices().to_vec();
+    let ((predicted, seconds), seen) = resources::watched(&devices, || {
+        let start = Instant::now();
+        (predict(session), start.elapsed().as_secs_f64())
+    });
     let mut predicted = predicted?;
-    let (pace, seconds, busy) = (session.record(), start.elapsed().as_secs_f64(), seen.busy_by_device());
+    let (pace, busy) = (session.record(), seen.busy_by_device());
     some_are_left(&predicted, labelled)?;
     let groups = number_groups(labelled, predicted.images.iter_mut().map(group));
     Ok((predicted, groups, Taken { pace, seconds, busy }))

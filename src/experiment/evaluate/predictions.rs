@@ -118,7 +118,7 @@ pub(super) fn segment(
             Err(error) => return Err(error),
         }
     }
-    if failed.is_empty() && confusion.items() == 0 {
+    if !segmented.is_empty() && confusion.items() == 0 {
         return Err(images::unsuited(
             &labelled.path,
             "labels no pixel: all masks are 255".to_owned(),

@@ -19,7 +19,7 @@ use crate::slide;
 const SLIDES: [&str; 9] = ["svs", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide", "bif", "dcm"];
 
 /// Classes that a mask of bytes has room for beside what is no class.
-const MOST_CLASSES: usize = 254;
+const MOST_CLASSES: usize = 255;
 
 /// What is predicted, and how.
 #[derive(Clone, Debug)]
@@ -59,13 +59,13 @@ pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Pr
             let reason = format!("has {} classes, but a mask has room for {MOST_CLASSES}", card.classes.len());
             return Err(images::unsuited(&card.path, reason, "use slidestream run with csv"));
         }
+        // The second time it would predict its own masks and overlays.
+        let is_input = |group: &Group| same_folder(group.folder.as_deref(), out);
+        if let Some(folder) = found.iter().find(|group| is_input(group)).and_then(|group| group.folder.as_deref()) {
+            let reason = "is the folder of the images: masks and overlays would be images of it too".to_owned();
+            return Err(images::unsuited(folder, reason, "choose another folder with out"));
+        }
         no_name_twice(found.iter().flat_map(|group| &group.images))?;
-    }
-    // The second time it would predict its own masks and overlays.
-    let is_input = |group: &Group| same_folder(group.folder.as_deref(), out);
-    if let Some(folder) = found.iter().find(|group| is_input(group)).and_then(|group| group.folder.as_deref()) {
-        let reason = "is the folder of the images: masks and overlays would be images of it too".to_owned();
-        return Err(images::unsuited(folder, reason, "choose another folder with out"));
     }
     let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
     let model = model_record(&session.predictor);

@@ -86,8 +86,11 @@ pub fn simulate(
         ..Simulation::default()
     };
     found.first_batch_secs = first_batch(&mut engine, &tiles, batch_sizes.is_empty(), &mut found.warnings)?;
+    // The matrices of the ceiling are not the model's.
+    let host_bytes = resources::peak_host_bytes();
     say("measuring the devices' matrix product");
     found.ceiling_flops_per_sec = element.map(|element| ceiling(&devices, resolved.provider, element)).transpose()?;
+    resources::forget_peak_host_bytes();
     let batch_sizes = if batch_sizes.is_empty() { vec![engine.batch_size()] } else { batch_sizes };
     for batch_size in batch_sizes {
         say(&format!("measuring batches of {batch_size}"));
@@ -107,7 +110,7 @@ pub fn simulate(
     let best_size = best.and_then(|best| NonZeroUsize::new(best.batch_size));
     engine.set_batch_size(best_size.unwrap_or(engine.batch_size()));
     found.execution = engine.execution();
-    found.peak_host_bytes = resources::peak_host_bytes();
+    found.peak_host_bytes = host_bytes.max(resources::peak_host_bytes());
     if let Some(slide) = &request.slide {
         say("estimating the slide");
         let machine = Machine {

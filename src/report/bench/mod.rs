@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::AccountRecord;
 use super::compare::{IntervalRecord, LeftOutRecord};
+use super::text::percent;
 
 mod change;
 #[cfg(test)]
@@ -156,6 +157,15 @@ impl BenchEntry {
     #[must_use]
     pub fn peak_bytes(&self) -> Option<u64> {
         self.peak_device_bytes.or(self.peak_host_bytes)
+    }
+
+    /// How busy it keeps its devices, each where there are several: `98 %, 97 %`; empty if that is not known.
+    #[must_use]
+    pub fn busy_in_words(&self) -> String {
+        match self.utilisation_by_device.len() {
+            0 | 1 => self.utilisation.map_or_else(String::new, percent),
+            _ => self.utilisation_by_device.values().map(|share| percent(*share)).collect::<Vec<_>>().join(", "),
+        }
     }
 }
 

@@ -112,7 +112,7 @@ fn numbers(record: &BenchRecord) -> String {
             Cell::Number(absent(unmerged.map(|lora| percent(lora.share_of_parameters)))),
             Cell::Number(significant(entry.flops as f64 / 1e9)),
             Cell::Number(or_absent(entry.peak_bytes(), bytes)),
-            Cell::Number(or_absent(entry.utilisation, percent)),
+            Cell::Number(absent(Some(entry.busy_in_words()).filter(|busy| !busy.is_empty()))),
             scaling.map_or_else(
                 || Cell::Number(ABSENT.to_owned()),
                 |scaling| {
