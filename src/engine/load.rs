@@ -7,7 +7,7 @@ use super::config::RunConfig;
 use super::{Engine, EngineError};
 use crate::inference::{
     Device, DeviceRequest, ModelCard, Provider, ProviderRequest, Session, SessionFactory, SessionOptions, StopHandle,
-    device,
+    Variant, device,
 };
 use crate::report::{ExecutionRecord, ModelRecord};
 
@@ -93,14 +93,7 @@ impl Engine {
             None => smallest_batch(&factories, sessions_per_device)?,
         };
         let readers = request.readers.or(NonZeroUsize::new(cores)).unwrap_or(NonZeroUsize::MIN);
-        let model = ModelRecord {
-            name: card.name.clone(),
-            variant: variant.name.clone(),
-            file: variant.file.display().to_string(),
-            sha256: variant.sha256.clone(),
-            task: card.task.to_string(),
-            classes: card.classes.iter().map(|class| class.name.clone()).collect(),
-        };
+        let model = model_record(&card, variant);
         let execution = ExecutionRecord {
             device: device::in_words(&resolved.devices),
             provider: resolved.provider.to_string(),
@@ -139,6 +132,18 @@ impl Engine {
     #[must_use]
     pub fn stop_handles(&self) -> Vec<StopHandle> {
         self.factories.iter().map(SessionFactory::stop_handle).collect()
+    }
+}
+
+/// The model as records name it.
+pub(crate) fn model_record(card: &ModelCard, variant: &Variant) -> ModelRecord {
+    ModelRecord {
+        name: card.name.clone(),
+        variant: variant.name.clone(),
+        file: variant.file.display().to_string(),
+        sha256: variant.sha256.clone(),
+        task: card.task.to_string(),
+        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
     }
 }
 

@@ -25,6 +25,7 @@ use self::config::RunConfig;
 pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
+pub(crate) use self::load::model_record;
 pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
 pub use self::simulate::Simulated;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::inference::{Prediction, Predictor, Session, SessionError, device};
 use crate::measure::Samples;
 use crate::report::compare::SummaryRecord;
-use crate::report::{ModelRecord, PaceRecord, RanOnRecord};
+use crate::report::{PaceRecord, RanOnRecord};
 
 /// A predictor whose batches are timed.
 pub(super) struct Paced {
@@ -31,19 +31,6 @@ impl Session for Paced {
         let prediction = self.predictor.predict(tiles)?;
         self.batches.push((tiles.len(), start.elapsed().as_secs_f64()));
         Ok(prediction)
-    }
-}
-
-/// The model as records name it.
-pub(super) fn model_record(predictor: &Predictor) -> ModelRecord {
-    let (card, variant) = (predictor.card(), predictor.variant());
-    ModelRecord {
-        name: card.name.clone(),
-        variant: variant.name.clone(),
-        file: variant.file.display().to_string(),
-        sha256: variant.sha256.clone(),
-        task: card.task.to_string(),
-        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
     }
 }
 

@@ -426,19 +426,9 @@ fn cpu() -> CpuInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inference::gpu::example as gpu;
 
     const GPU: Device = Device::Cuda { index: 0 };
-
-    fn gpu(index: u32, name: &str) -> GpuInfo {
-        GpuInfo {
-            index,
-            name: name.to_owned(),
-            memory_total_bytes: 2,
-            memory_free_bytes: 1,
-            busy_percent: None,
-            milliwatts: None,
-        }
-    }
 
     #[test]
     fn requests_are_read() {

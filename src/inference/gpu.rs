@@ -113,20 +113,23 @@ fn visible(all: Vec<(String, GpuInfo)>, setting: Option<&str>) -> Vec<(String, G
     setting.split(',').map_while(find).zip(0..).map(renumbered).collect()
 }
 
+/// A GPU for tests.
+#[cfg(test)]
+pub(super) fn example(index: u32, name: &str) -> GpuInfo {
+    GpuInfo {
+        index,
+        name: name.to_owned(),
+        memory_total_bytes: 2,
+        memory_free_bytes: 1,
+        busy_percent: None,
+        milliwatts: None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::example as gpu;
     use super::*;
-
-    fn gpu(index: u32, name: &str) -> GpuInfo {
-        GpuInfo {
-            index,
-            name: name.to_owned(),
-            memory_total_bytes: 2,
-            memory_free_bytes: 1,
-            busy_percent: None,
-            milliwatts: None,
-        }
-    }
 
     #[test]
     fn visible_gpus_follow_cudas_own_rule() {

@@ -28,8 +28,9 @@ const TURN_SECS: f64 = 0.1;
 const LEAST_ROUNDS: usize = 7;
 /// Tiles on which merged and unmerged outputs are compared.
 const PROOF_TILES: usize = 4;
-/// Turns of a model alone while it is watched: a GPU tells how busy it is a few times a second.
-const ALONE_TURNS: usize = 16;
+/// Turns of a model alone while it is watched: memory has grown by then, and a GPU tells how busy it is a few times a second.
+const ALONE_TURNS: usize = 3;
+const ALONE_TURNS_ON_GPU: usize = 16;
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -113,11 +114,12 @@ pub fn alone(card: &ModelCard, file: &Path, load: &LoadRequest) -> Result<AloneR
     let devices = device::resolve(&load.devices, load.provider, variant.provider)?.devices;
     let card = with_file(card, stand_in(variant, file)?);
     let tiles = TileSet::synthetic(card.tile_size, TILES, SEED).tiles;
+    let turns = if devices.contains(&Device::Cpu) { ALONE_TURNS } else { ALONE_TURNS_ON_GPU };
     let idle_bytes = resources::used_device_bytes(&devices);
     let mut engine = Engine::load(card.clone(), &of_one_variant(load), config(&card))?;
     let batches = batches_for(&mut engine, &tiles, TURN_SECS)?;
     let (ran, seen) = resources::watched_since(&devices, idle_bytes, || {
-        engine.simulate(&tiles, batches, &Cancel::default(), &mut |rounds| rounds.len() < ALONE_TURNS)
+        engine.simulate(&tiles, batches, &Cancel::default(), &mut |rounds| rounds.len() < turns)
     });
     let stages: Vec<_> = ran?.stages.iter().map(stage_record).collect();
     Ok(AloneRecord {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::CompareRequest;
 use super::course::Course;
@@ -12,9 +12,12 @@ use super::subjects::{self, Subject};
 use crate::engine::config::Emit;
 use crate::experiment::ExperimentError;
 use crate::experiment::optimize::file_error;
-use crate::experiment::resources;
+use crate::experiment::resources::{self, Seen};
 use crate::inference::Device;
 use crate::report::compare::ResourcesRecord;
+
+/// How long a GPU is watched at least: it tells of the moment before a few times a second.
+const WATCHED: Duration = Duration::from_secs(2);
 
 /// A step that is to be measured alone; as text `way,batch,tiles,subject`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,8 +71,8 @@ pub fn alone(request: &CompareRequest, step: &Alone) -> Result<ResourcesRecord, 
     };
     let subject = &subjects[index];
     let setting = Setting { subject: index, batch: step.batch, way: step.way };
-    let (taken, seen) = resources::watched(&[subject.device], || take(request, subject, setting, step.tiles));
-    let (cpu_secs, seconds) = taken?;
+    let idle_bytes = resources::used_device_bytes(&[subject.device]);
+    let Taken { cpu_secs, seconds, seen } = take(request, subject, setting, step.tiles, idle_bytes)?;
     let cores = std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64);
     let device_utilisation = match subject.device {
         Device::Cpu => cpu_secs.map(|busy| (busy / (seconds * cores)).clamp(0.0, 1.0)),
@@ -82,19 +85,35 @@ pub fn alone(request: &CompareRequest, step: &Alone) -> Result<ResourcesRecord, 
     })
 }
 
-/// Two rounds, of which the second is timed: processor seconds and seconds.
+/// What rounds took once one had run.
+struct Taken {
+    /// Of all threads.
+    cpu_secs: Option<f64>,
+    seconds: f64,
+    seen: Seen,
+}
+
+/// Rounds for as long as a GPU needs to tell how busy it is, after one that does not count.
 fn take(
     request: &CompareRequest,
     subject: &Subject,
     setting: Setting,
     tiles: usize,
-) -> Result<(Option<f64>, f64), ExperimentError> {
+    idle_bytes: u64,
+) -> Result<Taken, ExperimentError> {
     let timed = |round: &mut dyn FnMut() -> Result<(), ExperimentError>| {
         round()?;
         let (cpu, start) = (resources::cpu_secs(), Instant::now());
-        round()?;
-        let seconds = start.elapsed().as_secs_f64();
-        Ok((resources::cpu_secs().zip(cpu).map(|(after, before)| after - before), seconds))
+        let (ran, seen) = resources::watched_since(&[subject.device], idle_bytes, || {
+            loop {
+                round()?;
+                if subject.device == Device::Cpu || start.elapsed() > WATCHED {
+                    return Ok::<_, ExperimentError>(start.elapsed().as_secs_f64());
+                }
+            }
+        });
+        let cpu_secs = resources::cpu_secs().zip(cpu).map(|(after, before)| after - before);
+        Ok(Taken { cpu_secs, seconds: ran?, seen })
     };
     match (&request.slide, setting.way) {
         (Some(path), Way::InTurn | Way::Overlapped) => {

@@ -14,8 +14,9 @@ use self::figures::Groups;
 use self::predictions::{Predicted, Sample, Segmented};
 pub use super::images::Fit;
 use super::labels::{self, Labelled, Truth};
-use super::pace::{Paced, model_record, ran_on};
+use super::pace::{Paced, ran_on};
 use super::{ExperimentError, images, resources};
+use crate::engine::model_record;
 use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
 use crate::measure::{ClassCounts, Confusion};
 use crate::report::{EvaluatedRecord, PaceRecord, SampleRecord, WorstRecord};
@@ -168,7 +169,7 @@ fn record<T>(
         notes.push(format!("{} files in the class folders are no images, such as {first}.", labelled.others.len()));
     }
     EvaluatedRecord {
-        model: model_record(&session.predictor),
+        model: model_record(card, session.predictor.variant()),
         ran_on: ran_on(&session.predictor),
         labels: request.labels.display().to_string(),
         fit: request.fit.to_string(),

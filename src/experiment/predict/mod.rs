@@ -10,7 +10,8 @@ use image::RgbImage;
 
 use super::ExperimentError;
 use super::images::{self, decided, failed_image};
-use super::pace::{Paced, model_record, ran_on};
+use super::pace::{Paced, ran_on};
+use crate::engine::model_record;
 use crate::inference::{ModelCard, Predictor, PredictorOptions, Task};
 use crate::report::{FolderRecord, ImageClass, ImageRecord, PredictedRecord, TileRecord};
 use crate::slide;
@@ -68,7 +69,7 @@ pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Pr
         no_name_twice(found.iter().flat_map(|group| &group.images))?;
     }
     let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
-    let model = model_record(&session.predictor);
+    let model = model_record(card, session.predictor.variant());
     let ran_on = ran_on(&session.predictor);
     let total: usize = found.iter().map(|group| group.images.len()).sum();
     say(&format!("predicting {total} images with {} on {}", card.name, ran_on.device));
