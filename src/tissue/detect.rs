@@ -8,11 +8,9 @@
 
 use image::{GrayImage, Luma, RgbImage};
 use imageproc::contrast::otsu_level;
-use imageproc::distance_transform::Norm;
 use imageproc::filter::gaussian_blur_f32;
-use imageproc::morphology::{close, dilate};
-use imageproc::region_labelling::{Connectivity, connected_components};
 
+use super::binary::{Binary, Connectivity, Pieces};
 use super::{Cell, TissueError, TissueMask};
 use crate::geometry::PixelSize;
 use crate::slide::{Slide, Thumbnail};
@@ -97,42 +95,39 @@ fn classify(image: &RgbImage, cell_um: (f64, f64), options: &TissueOptions) -> V
     let mean_um = cell_area.sqrt();
     let border = frame(image, radius(EDGE_UM, mean_um));
     let pen = ink(image, &border, MIN_PEN_UM2 / cell_area, radius(EDGE_UM, mean_um));
-    let is_removed = |x: u32, y: u32| is_set(&border, x, y) || is_set(&pen, x, y);
-    let chroma = chroma_on_white(image, is_removed);
-    let mut tissue = stained(&chroma, is_removed, radius(CLOSING_UM, mean_um));
-    fill_holes(&mut tissue, is_removed, options.max_hole_um2 / cell_area);
+    let removed = border.clone().or(&pen);
+    let chroma = chroma_on_white(image, &removed);
+    let stained = stained(&chroma, &removed, radius(CLOSING_UM, mean_um));
+    let tissue = with_holes_filled(stained, &removed, options.max_hole_um2 / cell_area);
     let specks = small_pieces(&tissue, options.min_piece_um2 / cell_area);
     let cell = |x, y| match () {
-        () if is_set(&border, x, y) => Cell::Border,
-        () if is_set(&pen, x, y) => Cell::Pen,
-        () if is_set(&specks, x, y) => Cell::Speck,
-        () if is_set(&tissue, x, y) => Cell::Tissue,
+        () if border.get(x, y) => Cell::Border,
+        () if pen.get(x, y) => Cell::Pen,
+        () if specks.get(x, y) => Cell::Speck,
+        () if tissue.get(x, y) => Cell::Tissue,
         () => Cell::Background,
     };
     (0..image.height()).flat_map(|y| (0..image.width()).map(move |x| (x, y))).map(|(x, y)| cell(x, y)).collect()
 }
 
 /// The black frame: what is black and hangs together with the picture's edge.
-fn frame(image: &RgbImage, edge: u8) -> GrayImage {
+fn frame(image: &RgbImage, edge: u8) -> Binary {
     let (width, height) = image.dimensions();
-    let black = map(image, |rgb| rgb.into_iter().max() < Some(FRAME_BRIGHTNESS));
-    let mut at_edge = Pieces::of(&black, Connectivity::Eight);
-    let kept = at_edge.kept_if(|x, y| x == 0 || y == 0 || x + 1 == width || y + 1 == height);
-    dilate(&kept, Norm::LInf, edge)
+    let is_black = |rgb: [u8; 3]| rgb.into_iter().all(|channel| channel < FRAME_BRIGHTNESS);
+    let black = Binary::from_fn(width, height, |x, y| is_black(image.get_pixel(x, y).0));
+    let mut pieces = Pieces::of(&black, Connectivity::Eight);
+    pieces.keep_if(|x, y| x == 0 || y == 0 || x + 1 == width || y + 1 == height);
+    pieces.kept().dilated_by_square(edge)
 }
 
 /// Strokes of a pen: of clear ink colour somewhere, of ink colour all over, and not small.
-fn ink(image: &RgbImage, border: &GrayImage, min_cells: f64, edge: u8) -> GrayImage {
-    let mut strokes = GrayImage::new(image.width(), image.height());
-    for (x, y, pixel) in image.enumerate_pixels() {
-        if !is_set(border, x, y) && ink_of(pixel.0).is_some() {
-            strokes.put_pixel(x, y, SET);
-        }
-    }
+fn ink(image: &RgbImage, border: &Binary, min_cells: f64, edge: u8) -> Binary {
+    let is_ink = |x: u32, y: u32| ink_of(image.get_pixel(x, y).0).is_some() && !border.get(x, y);
+    let strokes = Binary::from_fn(image.width(), image.height(), is_ink);
     let mut pieces = Pieces::of(&strokes, Connectivity::Eight);
     pieces.drop_smaller_than(min_cells);
-    let kept = pieces.kept_if(|x, y| ink_of(image.get_pixel(x, y).0) == Some(true));
-    dilate(&kept, Norm::LInf, edge)
+    pieces.keep_if(|x, y| ink_of(image.get_pixel(x, y).0) == Some(true));
+    pieces.kept().dilated_by_square(edge)
 }
 
 /// Whether a colour is ink, and if so whether clearly.
@@ -141,7 +136,7 @@ fn ink(image: &RgbImage, border: &GrayImage, min_cells: f64, edge: u8) -> GrayIm
 /// green and blue ink have less red than anything stained, black ink is dark without chroma, and red ink has far more
 /// red than even blood while green and blue are alike.
 fn ink_of([red, green, blue]: [u8; 3]) -> Option<bool> {
-    let [r, g, b] = [red, green, blue].map(i16::from);
+    let (r, g, b) = (i16::from(red), i16::from(green), i16::from(blue));
     let (most, least) = (r.max(g).max(b), r.min(g).min(b));
     let chroma = most - least;
     let is_black = most < 95 && chroma < 30;
@@ -154,27 +149,29 @@ fn ink_of([red, green, blue]: [u8; 3]) -> Option<bool> {
 }
 
 /// Chroma with glass made white, smoothed over about a cell.
-fn chroma_on_white(image: &RgbImage, is_removed: impl Fn(u32, u32) -> bool) -> GrayImage {
-    let glass = glass_colour(image, is_removed);
-    let balance = |value: u8, glass: u8| (u16::from(value) * 255 / u16::from(glass.max(1))).min(255);
+fn chroma_on_white(image: &RgbImage, removed: &Binary) -> GrayImage {
+    let glass = glass_colour(image, removed);
+    let balanced = |value: u8, glass: u8| (u16::from(value) * 255 / u16::from(glass.max(1))).min(255) as u8;
+    let [red_of, green_of, blue_of] =
+        glass.map(|glass| (0..=u8::MAX).map(|value| balanced(value, glass)).collect::<Vec<u8>>());
     let mut chroma = GrayImage::new(image.width(), image.height());
     for (pixel, out) in image.pixels().zip(chroma.pixels_mut()) {
-        let [red, green, blue] = [0, 1, 2].map(|channel| balance(pixel.0[channel], glass[channel]));
-        let difference = red.max(green).max(blue) - red.min(green).min(blue);
-        *out = Luma([u8::try_from(difference).unwrap_or(u8::MAX)]);
+        let [red, green, blue] = pixel.0.map(usize::from);
+        let (red, green, blue) = (red_of[red], green_of[green], blue_of[blue]);
+        *out = Luma([red.max(green).max(blue) - red.min(green).min(blue)]);
     }
     gaussian_blur_f32(&chroma, 0.8)
 }
 
 /// The median colour of what is as bright as glass and nearly grey; white if that is hardly anything.
-fn glass_colour(image: &RgbImage, is_removed: impl Fn(u32, u32) -> bool) -> [u8; 3] {
+fn glass_colour(image: &RgbImage, removed: &Binary) -> [u8; 3] {
     let mut counts = [[0u64; 256]; 3];
     let mut total = 0;
     for (x, y, pixel) in image.enumerate_pixels() {
-        let (most, least) =
-            pixel.0.iter().fold((0, u8::MAX), |(most, least), value| (most.max(*value), least.min(*value)));
+        let [red, green, blue] = pixel.0;
+        let (most, least) = (red.max(green).max(blue), red.min(green).min(blue));
         // Tinted glass differs by up to 25 between channels, pale tissue by more.
-        if least >= GLASS_BRIGHTNESS && most - least <= 25 && !is_removed(x, y) {
+        if least >= GLASS_BRIGHTNESS && most - least <= 25 && !removed.get(x, y) {
             total += 1;
             for (count, value) in counts.iter_mut().zip(pixel.0) {
                 count[usize::from(value)] += 1;
@@ -195,121 +192,35 @@ fn glass_colour(image: &RgbImage, is_removed: impl Fn(u32, u32) -> bool) -> [u8;
 }
 
 /// Clear tissue, and the faint tissue that hangs together with it.
-fn stained(chroma: &GrayImage, is_removed: impl Fn(u32, u32) -> bool, closing: u8) -> GrayImage {
+fn stained(chroma: &GrayImage, removed: &Binary, closing: u8) -> Binary {
     let seen: Vec<u8> =
-        chroma.enumerate_pixels().filter(|(x, y, _)| !is_removed(*x, *y)).map(|(_, _, chroma)| chroma.0[0]).collect();
+        chroma.enumerate_pixels().filter(|(x, y, _)| !removed.get(*x, *y)).map(|(_, _, chroma)| chroma.0[0]).collect();
     let count = u32::try_from(seen.len()).unwrap_or(0);
     let Some(row) = GrayImage::from_raw(count, 1, seen).filter(|row| !row.is_empty()) else {
-        return GrayImage::new(chroma.width(), chroma.height());
+        return Binary::new(chroma.width(), chroma.height());
     };
     let threshold = otsu_level(&row).clamp(CHROMA_THRESHOLD.0, CHROMA_THRESHOLD.1);
     let faint = (threshold / 2).max(FAINT_CHROMA);
-    let above = |least: u8| {
-        GrayImage::from_fn(chroma.width(), chroma.height(), |x, y| {
-            if chroma.get_pixel(x, y).0[0] > least && !is_removed(x, y) { SET } else { CLEAR }
-        })
-    };
-    let clear = above(threshold);
-    Pieces::of(&close_padded(&above(faint), closing), Connectivity::Eight).kept_if(|x, y| is_set(&clear, x, y))
-}
-
-/// Closes gaps; the picture's edge counts as empty, so that nothing grows along it.
-fn close_padded(image: &GrayImage, radius: u8) -> GrayImage {
-    let margin = u32::from(radius);
-    let (width, height) = image.dimensions();
-    let mut padded = GrayImage::new(width + 2 * margin, height + 2 * margin);
-    image::imageops::replace(&mut padded, image, i64::from(margin), i64::from(margin));
-    let closed = close(&padded, Norm::L2, radius);
-    image::imageops::crop_imm(&closed, margin, margin, width, height).to_image()
-}
-
-/// Fills holes of at most `max_cells` that don't reach the picture's edge and hold neither ink nor frame.
-fn fill_holes(tissue: &mut GrayImage, is_removed: impl Fn(u32, u32) -> bool, max_cells: f64) {
-    let (width, height) = tissue.dimensions();
-    let gaps = GrayImage::from_fn(width, height, |x, y| if is_set(tissue, x, y) { CLEAR } else { SET });
-    let mut gaps = Pieces::of(&gaps, Connectivity::Four);
-    gaps.drop_larger_than(max_cells);
-    gaps.drop_if(|x, y| x == 0 || y == 0 || x + 1 == width || y + 1 == height || is_removed(x, y));
-    let holes = gaps.kept();
-    for (tissue, hole) in tissue.pixels_mut().zip(holes.pixels()) {
-        tissue.0[0] |= hole.0[0];
-    }
-}
-
-fn small_pieces(tissue: &GrayImage, min_cells: f64) -> GrayImage {
-    let mut pieces = Pieces::of(tissue, Connectivity::Eight);
-    pieces.drop_larger_than(min_cells - 0.5);
+    let is_above = |x: u32, y: u32, least: u8| chroma.get_pixel(x, y).0[0] > least && !removed.get(x, y);
+    let faint = Binary::from_fn(chroma.width(), chroma.height(), |x, y| is_above(x, y, faint));
+    let mut pieces = Pieces::of(&faint.closed_by_disc(closing), Connectivity::Eight);
+    pieces.keep_if(|x, y| is_above(x, y, threshold));
     pieces.kept()
 }
 
-/// The connected pieces of a binary picture, each kept or dropped as a whole.
-struct Pieces {
-    labels: image::ImageBuffer<Luma<u32>, Vec<u32>>,
-    /// By label; 0 is what is not set.
-    sizes: Vec<u64>,
-    is_kept: Vec<bool>,
+/// Fills holes of at most `max_cells` that don't reach the picture's edge and hold neither ink nor frame.
+fn with_holes_filled(tissue: Binary, removed: &Binary, max_cells: f64) -> Binary {
+    let (width, height) = tissue.size();
+    let mut gaps = Pieces::of(&tissue.clone().not(), Connectivity::Four);
+    gaps.drop_larger_than(max_cells);
+    gaps.drop_if(|x, y| x == 0 || y == 0 || x + 1 == width || y + 1 == height || removed.get(x, y));
+    tissue.or(&gaps.kept())
 }
 
-impl Pieces {
-    fn of(image: &GrayImage, connectivity: Connectivity) -> Self {
-        let labels = connected_components(image, connectivity, CLEAR);
-        let count = labels.pixels().map(|label| label.0[0]).max().unwrap_or(0) as usize + 1;
-        let mut sizes = vec![0; count];
-        for label in labels.pixels() {
-            sizes[label.0[0] as usize] += 1;
-        }
-        let mut is_kept = vec![true; count];
-        is_kept[0] = false;
-        Self { labels, sizes, is_kept }
-    }
-
-    fn drop_smaller_than(&mut self, cells: f64) {
-        for (kept, size) in self.is_kept.iter_mut().zip(&self.sizes) {
-            *kept &= *size as f64 >= cells;
-        }
-    }
-
-    fn drop_larger_than(&mut self, cells: f64) {
-        for (kept, size) in self.is_kept.iter_mut().zip(&self.sizes) {
-            *kept &= *size as f64 <= cells;
-        }
-    }
-
-    /// Drops every piece with a pixel of which `claim` holds.
-    fn drop_if(&mut self, claim: impl Fn(u32, u32) -> bool) {
-        for (x, y, label) in self.labels.enumerate_pixels() {
-            let kept = &mut self.is_kept[label.0[0] as usize];
-            *kept = *kept && !claim(x, y);
-        }
-    }
-
-    /// Keeps, of those still kept, only pieces with a pixel of which `claim` holds.
-    fn kept_if(&mut self, claim: impl Fn(u32, u32) -> bool) -> GrayImage {
-        let mut holds = vec![false; self.is_kept.len()];
-        for (x, y, label) in self.labels.enumerate_pixels() {
-            let label = label.0[0] as usize;
-            holds[label] = holds[label] || self.is_kept[label] && claim(x, y);
-        }
-        self.is_kept = holds;
-        self.kept()
-    }
-
-    fn kept(&self) -> GrayImage {
-        GrayImage::from_fn(self.labels.width(), self.labels.height(), |x, y| {
-            if self.is_kept[self.labels.get_pixel(x, y).0[0] as usize] { SET } else { CLEAR }
-        })
-    }
-}
-
-const SET: Luma<u8> = Luma([u8::MAX]);
-const CLEAR: Luma<u8> = Luma([0]);
-
-fn is_set(image: &GrayImage, x: u32, y: u32) -> bool {
-    *image.get_pixel(x, y) == SET
-}
-
-fn map(image: &RgbImage, claim: impl Fn([u8; 3]) -> bool) -> GrayImage {
-    GrayImage::from_fn(image.width(), image.height(), |x, y| if claim(image.get_pixel(x, y).0) { SET } else { CLEAR })
+fn small_pieces(tissue: &Binary, min_cells: f64) -> Binary {
+    let mut pieces = Pieces::of(tissue, Connectivity::Eight);
+    pieces.drop_larger_than(min_cells - 0.5);
+    pieces.kept()
 }
 
 /// A length as a number of cells, at least 1.
@@ -330,7 +241,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.svs");
         synthetic.write(&path, &SvsOptions::default()).unwrap();
-        let slide = Slide::open(&path).unwrap();
+        let slide = Slide::open(&path, None).unwrap();
         let options = TissueOptions::new(slide.pixel_size(None).unwrap());
         let mask = TissueMask::detect(&slide, &options).unwrap();
         let (mut both, mut either) = (0u32, 0u32);
@@ -428,7 +339,7 @@ mod tests {
         let path = folder.path().join("a.svs");
         let options = SvsOptions { damaged_tiles: vec![(1, 0, 0)], ..SvsOptions::default() };
         SyntheticSlide::new(2400, 2000, 3).write(&path, &options).unwrap();
-        let slide = Slide::open(&path).unwrap();
+        let slide = Slide::open(&path, None).unwrap();
         let options = TissueOptions::new(slide.pixel_size(None).unwrap());
         // 600 cells along the longer side, so that level 1 and not the undamaged level 2 is read.
         let mask = TissueMask::of_thumbnail(&slide, &slide.thumbnail(600).unwrap(), &options);

@@ -5,6 +5,7 @@
 //! What was taken away, and as what, stays in the raster for the picture. The module decides which tiles are worth
 //! inferring ([`TissueMask::select`]); it knows no model.
 
+mod binary;
 mod detect;
 mod user;
 
