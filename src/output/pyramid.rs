@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use flate2::{Compress, Compression as Level, FlushCompress, Status};
+use rayon::prelude::*;
 
 use crate::geometry::PixelSize;
 use crate::tiff::{Chunk, Compression, Container, Layout, Page, PageId, Photometric, TiffError, TiffWriter, Value};
@@ -63,7 +64,7 @@ pub struct PyramidWriter {
     levels: Vec<LevelBand>,
     tile_size: usize,
     reduce: Reduce,
-    encoder: TileEncoder,
+    deflate_level: u32,
     /// Tiles of one value that are in the file already.
     constant: HashMap<u8, Chunk>,
 }
@@ -111,7 +112,7 @@ impl PyramidWriter {
             levels,
             tile_size: spec.tile_size as usize,
             reduce: spec.reduce,
-            encoder: TileEncoder::new(spec.deflate_level),
+            deflate_level: spec.deflate_level,
             constant: HashMap::new(),
         })
     }
@@ -164,8 +165,17 @@ impl PyramidWriter {
     fn flush_band(&mut self, index: usize) -> Result<(), OutputError> {
         let pixels = std::mem::take(&mut self.levels[index].pixels);
         let (page, width) = (self.levels[index].page, self.levels[index].width);
-        for left in (0..width).step_by(self.tile_size) {
-            let tile = TileView { pixels: &pixels, stride: width, left, right: width.min(left + self.tile_size) };
+        let (size, deflate_level) = (self.tile_size, self.deflate_level);
+        let tile = |index: usize| {
+            let left = index * size;
+            TileView { pixels: &pixels, stride: width, left, right: width.min(left + size) }
+        };
+        // Compressing is nearly all of the work.
+        let tiles = (0..width.div_ceil(size)).into_par_iter();
+        let encoded: Result<Vec<EncodedTile>, TiffError> = tiles
+            .map_init(|| TileEncoder::new(deflate_level), |encoder, index| tile(index).encoded(encoder, size))
+            .collect();
+        for tile in encoded.map_err(tiff_error(&self.path))? {
             self.write_tile(page, &tile).map_err(tiff_error(&self.path))?;
         }
         if index + 1 < self.levels.len() {
@@ -178,20 +188,28 @@ impl PyramidWriter {
         Ok(())
     }
 
-    fn write_tile(&mut self, page: PageId, tile: &TileView<'_>) -> Result<(), TiffError> {
-        let Some(value) = tile.constant() else {
-            let encoded = self.encoder.encode(self.tile_size, |buffer, size| tile.copy_to(buffer, size))?;
-            return self.tiff.append(page, encoded).map(drop);
+    fn write_tile(&mut self, page: PageId, tile: &EncodedTile) -> Result<(), TiffError> {
+        let value = match tile {
+            EncodedTile::Varied(bytes) => return self.tiff.append(page, bytes).map(drop),
+            EncodedTile::Constant(value) => *value,
         };
         if let Some(chunk) = self.constant.get(&value) {
             self.tiff.append_again(page, *chunk);
             return Ok(());
         }
-        let encoded = self.encoder.encode(self.tile_size, |buffer, _| buffer.fill(value))?;
-        let chunk = self.tiff.append(page, encoded)?;
+        let mut encoder = TileEncoder::new(self.deflate_level);
+        let chunk = self.tiff.append(page, encoder.encode(self.tile_size, |buffer, _| buffer.fill(value))?)?;
         self.constant.insert(value, chunk);
         Ok(())
     }
+}
+
+/// A tile ready for the file.
+enum EncodedTile {
+    /// All its pixels have this value.
+    Constant(u8),
+    /// Its compressed bytes.
+    Varied(Vec<u8>),
 }
 
 /// The part of a band that one tile takes; at the borders it is smaller than the tile.
@@ -210,6 +228,13 @@ impl TileView<'_> {
     fn constant(&self) -> Option<u8> {
         let first = *self.pixels.get(self.left)?;
         self.rows().all(|row| row.iter().all(|value| *value == first)).then_some(first)
+    }
+
+    fn encoded(&self, encoder: &mut TileEncoder, size: usize) -> Result<EncodedTile, TiffError> {
+        match self.constant() {
+            Some(value) => Ok(EncodedTile::Constant(value)),
+            None => Ok(EncodedTile::Varied(encoder.encode(size, |buffer, size| self.copy_to(buffer, size))?.to_vec())),
+        }
     }
 
     /// Copies into a zeroed tile of side `size`.
@@ -262,17 +287,21 @@ fn reduced(pixels: &[u8], width: usize, reduce: Reduce) -> Vec<u8> {
     }
 }
 
-fn reduced_by(pixels: &[u8], width: usize, reduce: impl Fn([u8; 4]) -> u8) -> Vec<u8> {
-    let mut out = Vec::with_capacity((pixels.len() / width).div_ceil(2) * width.div_ceil(2));
-    for pair in pixels.chunks(2 * width) {
+fn reduced_by(pixels: &[u8], width: usize, reduce: impl Fn([u8; 4]) -> u8 + Sync) -> Vec<u8> {
+    let mut out = vec![0; (pixels.len() / width).div_ceil(2) * width.div_ceil(2)];
+    out.par_chunks_exact_mut(width.div_ceil(2)).zip(pixels.par_chunks(2 * width)).for_each(|(out, pair)| {
         let upper = &pair[..width];
         // Repeating the last row or column leaves mean and mode of what exists as they are.
         let lower = if pair.len() > width { &pair[width..] } else { upper };
         let (upper, lower) = (upper.chunks_exact(2), lower.chunks_exact(2));
         let last = upper.remainder().first().zip(lower.remainder().first());
-        out.extend(upper.zip(lower).map(|(a, b)| reduce([a[0], a[1], b[0], b[1]])));
-        out.extend(last.map(|(a, b)| reduce([*a, *a, *b, *b])));
-    }
+        if let (Some(out), Some((a, b))) = (out.last_mut(), last) {
+            *out = reduce([*a, *a, *b, *b]);
+        }
+        for ((a, b), out) in upper.zip(lower).zip(out) {
+            *out = reduce([a[0], a[1], b[0], b[1]]);
+        }
+    });
     out
 }
 

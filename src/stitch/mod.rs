@@ -231,17 +231,14 @@ impl Stitcher {
         strip.classes.resize(cells, 0);
         let slots: Vec<usize> = (0..row_count as u64).map(|row| self.slot(self.first_row + row)).collect();
         let Self { spec, rows, .. } = self;
-        for slot in &slots {
-            rows[*slot].complete();
-        }
+        let leaves = |(slot, _): &(usize, &mut Row)| slots.contains(slot);
+        rows.par_iter_mut().enumerate().filter(leaves).for_each(|(_, row)| row.complete());
         // Every line of the strip is made from one row, whatever the others hold.
         let lines = strip.probabilities.par_chunks_mut(width.max(1)).enumerate();
         lines.for_each(|(line, out)| rows[slots[line % row_count]].write_probabilities(line / row_count, out));
         let lines = strip.classes.par_chunks_mut(width.max(1)).zip(&slots);
         lines.for_each(|(out, slot)| rows[*slot].write_classes(class_count, spec.threshold, out));
-        for slot in &slots {
-            rows[*slot].clear();
-        }
+        rows.par_iter_mut().enumerate().filter(leaves).for_each(|(_, row)| row.clear());
         self.first_row += row_count as u64;
         strip
     }
