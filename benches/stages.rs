@@ -43,7 +43,7 @@ fn main() {
 
 fn plan_of(slide: &Path, card: &ModelCard, region: Level0Rect) -> SlidePlan {
     let tiling = TilingConfig { region: Some(region), ..TilingConfig::of(card) };
-    plan::plan(Slide::open(slide).unwrap(), &tiling).unwrap()
+    plan::plan(Slide::open(slide, None).unwrap(), &tiling).unwrap()
 }
 
 /// Core-seconds per tile of both stages, on all cores in step, and the predictions in the plan's order.
@@ -72,7 +72,7 @@ fn read_and_infer_part(
     barrier: &Barrier,
 ) -> (f64, f64, Vec<Prediction>) {
     let options = ReadOptions { tile_size: card.tile_size, icc: false };
-    let mut reader = TileReader::new(&plan.slide, &plan.choice, options).unwrap();
+    let mut reader = TileReader::new(&plan.slide, &plan.choice, options, &plan.positions).unwrap();
     let one = NonZeroUsize::new(1);
     let session = SessionOptions { device: Device::Cpu, provider: Provider::Cpu, intra_threads: one };
     let variant = card.default_variant().unwrap();

@@ -33,7 +33,7 @@ pub(super) struct Args {
 
 pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let card = args.model.as_ref().map(|path| ModelCard::load(path, &BareModel::default())).transpose()?;
-    let slide = Slide::open(&args.slide)?;
+    let slide = Slide::open(&args.slide, args.tiling.reader()?)?;
     let slide_mpp = args.tiling.slide_mpp()?.map(PixelSize::square);
     let pixel_size = slide.pixel_size(slide_mpp);
     let mut facts = describe(&slide, pixel_size.as_ref().ok());
@@ -106,6 +106,8 @@ fn describe(slide: &Slide, pixel_size: Option<&PixelSize>) -> Vec<Fact> {
     ];
     facts.extend(levels.into_iter().map(|(value, text)| ("level", value, text)));
     let compression = slide.compression.clone();
+    let reader = json!({ "name": slide.reader.as_str(), "reason": slide.reader_reason });
+    facts.push(("reader", reader, format!("{}: {}", slide.reader.as_str(), slide.reader_reason)));
     facts.push(("compression", json!(compression), compression.unwrap_or_else(|| "unknown".to_owned())));
     let objective = slide.objective_power;
     let objective_text = objective.map_or_else(|| "unknown".to_owned(), |power| format!("{power}×"));
@@ -124,7 +126,6 @@ fn describe_plan(plan: &SlidePlan, tiling: &TilingConfig) -> Vec<Fact> {
     let choice = &plan.choice;
     let tissue = plan.grid_tiles - plan.background_tiles;
     vec![
-        ("reader", json!("openslide"), "openslide".to_owned()),
         ("read_level", json!(choice.level.0), choice.to_string()),
         (
             "resampled",

@@ -18,6 +18,7 @@ use slidestream::engine::cohort::CohortOptions;
 use slidestream::engine::config::{Emit, OnFailure, TilingConfig, TissueSource};
 use slidestream::geometry::{Level0Rect, Mpp, Overlap};
 use slidestream::inference::{BareModel, DeviceRequest, ModelCard, PredictorOptions, ProviderRequest};
+use slidestream::slide::Reader;
 
 /// The value of an option as text; in a TOML file it may also be a number or a truth value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -50,6 +51,9 @@ pub(crate) struct TilingOptions {
     /// Resolution that the model sees, in µm/px
     #[arg(long, value_name = "X", help_heading = "Tiles")]
     target_mpp: Option<Text>,
+    /// Who decodes the slides: native (tiled TIFF, several times as fast), openslide, or auto: native where its pixels agree with OpenSlide's [default: auto]
+    #[arg(long, value_name = "NAME", help_heading = "Tiles")]
+    reader: Option<Text>,
     /// Resolution of the slides at level 0, instead of their metadata
     #[arg(long, value_name = "X", help_heading = "Tiles")]
     slide_mpp: Option<Text>,
@@ -280,6 +284,14 @@ impl TilingOptions {
         parse("target_mpp", &self.target_mpp)
     }
 
+    /// Who decodes the slides; `None` chooses the fastest that is right.
+    pub(crate) fn reader(&self) -> Result<Option<Reader>, Failure> {
+        match &self.reader {
+            Some(text) if text.0 == "auto" => Ok(None),
+            reader => parse("reader", reader),
+        }
+    }
+
     /// Where resolutions by slide are listed.
     pub(crate) fn mpp_csv(&self) -> Result<Option<PathBuf>, Failure> {
         parse("mpp_csv", &self.mpp_csv)
@@ -303,6 +315,7 @@ impl TilingOptions {
             overlap: overlap.in_pixels(tile_size),
             target_mpp,
             mpp_tolerance: fraction("mpp_tolerance", &self.mpp_tolerance)?.unwrap_or(0.05),
+            reader: self.reader()?,
             slide_mpp: parse("slide_mpp", &self.slide_mpp)?,
             region: self.region.as_ref().map(|text| region(&text.0)).transpose()?,
             max_tiles: parse("max_tiles", &self.max_tiles)?,

@@ -117,7 +117,9 @@ fn dry_run(slides: &[SlideInput], tiling: &TilingConfig) -> Outcome {
     let mut table = String::new();
     for input in slides {
         let tiling = input.tiling(tiling);
-        let planned = Slide::open(&input.path).map_err(EngineError::from).and_then(|slide| plan::plan(slide, &tiling));
+        let planned = Slide::open(&input.path, tiling.reader)
+            .map_err(EngineError::from)
+            .and_then(|slide| plan::plan(slide, &tiling));
         match planned {
             Ok(plan) => {
                 let tiles = plan.positions.len();

@@ -62,7 +62,8 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let mut failed = 0;
     for input in &slides {
         let tiling = input.tiling(&tiling);
-        let planned = Slide::open(&input.path).map_err(Into::into).and_then(|slide| plan::plan(slide, &tiling));
+        let planned =
+            Slide::open(&input.path, tiling.reader).map_err(Into::into).and_then(|slide| plan::plan(slide, &tiling));
         match planned.and_then(|plan| write(&folder, &input.id, &plan, profile)) {
             Ok(line) => show(&line),
             Err(error) => {

@@ -298,7 +298,7 @@ impl Cohort<'_> {
         tiling: &TilingConfig,
         redone_because: Option<&str>,
     ) -> Result<(), EngineError> {
-        let slide = Slide::open(&input.path)?;
+        let slide = Slide::open(&input.path, tiling.reader)?;
         let plan = plan::plan(slide, tiling)?;
         if self.cancel.is_cancelled() {
             return Err(EngineError::Cancelled);
@@ -350,7 +350,8 @@ fn reading(plan: &SlidePlan) -> ReadingRecord {
     let tile = plan.plane.level0_rect(plan.plane.position(0, 0));
     let side = |length: i64| u64::try_from(length).unwrap_or(0);
     ReadingRecord {
-        reader: "openslide".to_owned(),
+        reader: plan.slide.reader.as_str().to_owned(),
+        reader_reason: plan.slide.reader_reason.clone(),
         vendor: plan.slide.vendor.clone(),
         dimensions: [side(extent.width), side(extent.height)],
         slide_mpp: [plan.pixel_size.x.get(), plan.pixel_size.y.get()],

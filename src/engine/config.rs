@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::geometry::{Level0Rect, Mpp};
 use crate::inference::ModelCard;
+use crate::slide::Reader;
 
 /// How a slide is cut into tiles.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +20,8 @@ pub struct TilingConfig {
     pub target_mpp: Mpp,
     /// Relative difference up to which a level counts as being at the target, `0..1`.
     pub mpp_tolerance: f64,
+    /// Who decodes the slide; `None` chooses the fastest that is right.
+    pub reader: Option<Reader>,
     /// The slide's resolution, instead of what its metadata say.
     pub slide_mpp: Option<Mpp>,
     /// The part of the slide to cover; `None` is all of it.
@@ -42,6 +45,7 @@ impl TilingConfig {
             overlap: card.overlap,
             target_mpp: card.mpp,
             mpp_tolerance: 0.05,
+            reader: None,
             slide_mpp: None,
             region: None,
             max_tiles: None,
@@ -166,6 +170,7 @@ impl RunConfig {
             "overlap": tiling.overlap,
             "target_mpp": tiling.target_mpp.get(),
             "mpp_tolerance": tiling.mpp_tolerance,
+            "reader": tiling.reader.map_or("auto", Reader::as_str),
             "slide_mpp": tiling.slide_mpp.map(Mpp::get),
             "region": region,
             "max_tiles": tiling.max_tiles,

@@ -113,8 +113,7 @@ impl Engine {
         let Self { card, config, sessions, .. } = self;
         let spec = stitch_spec(card, config, plan);
         let options = ReadOptions { tile_size: plan.plane.tile_size, icc: config.icc };
-        let new_reader = || TileReader::new(&plan.slide, &plan.choice, options);
-        let readers: Vec<TileReader> = (0..self.readers.get()).map(|_| new_reader()).collect::<Result<_, _>>()?;
+        let readers = TileReader::several(&plan.slide, &plan.choice, options, &plan.positions, self.readers.get())?;
         let converts_colours = readers.first().is_some_and(TileReader::converts_colours);
         let stitcher = spec.as_ref().map(|spec| Stitcher::new(*spec)).transpose()?;
 

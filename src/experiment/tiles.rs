@@ -10,6 +10,7 @@ use super::{ExperimentError, images};
 use crate::engine::config::TilingConfig;
 use crate::engine::inputs::{self, SlideInput};
 use crate::engine::plan;
+use crate::geometry::TilePosition;
 use crate::inference::ModelCard;
 use crate::slide::synthetic::{SyntheticSlide, Tissue};
 use crate::slide::{ReadOptions, Slide, TileReader};
@@ -104,18 +105,19 @@ fn of_slide(
     count: usize,
     random: &mut StdRng,
 ) -> Result<Vec<Vec<u8>>, ExperimentError> {
-    let plan = plan::plan(Slide::open(&input.path)?, &input.tiling(tiling))?;
+    let plan = plan::plan(Slide::open(&input.path, tiling.reader)?, &input.tiling(tiling))?;
     let options = ReadOptions { tile_size: tiling.tile_size, icc: false };
-    let mut reader = TileReader::new(&plan.slide, &plan.choice, options)?;
     let mut chosen = rand::seq::index::sample(random, plan.positions.len(), count.min(plan.positions.len())).into_vec();
     // In the slide's order, which is that of its file.
     chosen.sort_unstable();
-    let mut read = |index: usize| {
+    let chosen: Vec<TilePosition> = chosen.into_iter().map(|index| plan.positions[index]).collect();
+    let mut reader = TileReader::new(&plan.slide, &plan.choice, options, &chosen)?;
+    let mut read = |position: &TilePosition| {
         let mut pixels = Vec::new();
-        reader.read(plan.positions[index], &mut pixels)?;
+        reader.read(*position, &mut pixels)?;
         Ok(pixels)
     };
-    chosen.into_iter().map(&mut read).collect()
+    chosen.iter().map(&mut read).collect()
 }
 
 /// Tiles cut from an image at random places; an image smaller than a tile is resized to one.

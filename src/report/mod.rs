@@ -239,8 +239,11 @@ pub struct SlideIdentity {
 /// How a slide was read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReadingRecord {
-    /// The library that read it.
+    /// Who decoded it: `native` or `openslide`.
     pub reader: String,
+    /// Why that reader.
+    #[serde(default)]
+    pub reader_reason: String,
     /// The format as OpenSlide calls it.
     pub vendor: String,
     /// Level-0 size, `[width, height]`.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use walkdir::{DirEntry, WalkDir};
 
-use super::{Slide, SlideError, detect, dicom};
+use super::{Reader, Slide, SlideError, detect, dicom};
 
 /// What [`discover`] found.
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub struct Discovery {
     pub errors: Vec<SlideError>,
 }
 
-/// Finds every slide below `folder`, of any format that OpenSlide reads.
+/// Finds every slide below `folder`, of any format that can be read.
 ///
 /// Symbolic links are followed. The folder of data files beside a `.mrxs` file is not entered. The files of one DICOM
 /// series in one folder are one slide, for which its first file that opens stands.
@@ -53,7 +53,7 @@ pub fn discover(folder: impl AsRef<Path>) -> Discovery {
     }
     // If none of a series opens, its first file is kept: the error is told where the slide is opened.
     let first_that_opens = |files: Vec<PathBuf>| {
-        let opens = files.iter().position(|file| Slide::open(file).is_ok());
+        let opens = files.iter().position(|file| Slide::open(file, Some(Reader::OpenSlide)).is_ok());
         files.into_iter().nth(opens.unwrap_or(0))
     };
     found.slides.extend(series.into_values().filter_map(first_that_opens));

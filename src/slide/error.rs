@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use openslide_rs::errors::OpenSlideError;
 
+use super::native::TileError;
 use crate::geometry::{Level, Level0Rect};
 use crate::native::NativeError;
 
@@ -105,8 +106,16 @@ pub enum SlideError {
         level: Level,
         /// Where, on the level-0 frame.
         region: Level0Rect,
-        /// OpenSlide's message.
-        source: OpenSlideError,
+        /// Why.
+        source: DecodeError,
+    },
+    /// The native reader was asked for, and can't read the file right.
+    #[error("{}: the native reader can't read it: {reason}", path.display())]
+    NotNative {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
     /// A single read that would need too much memory.
     #[error(
@@ -166,6 +175,23 @@ pub enum SlideError {
     Walk(#[from] walkdir::Error),
 }
 
+/// Why a region can't be decoded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// OpenSlide says so.
+    #[error(transparent)]
+    OpenSlide(OpenSlideError),
+    /// One of the file's tiles is damaged.
+    #[error("the file's tile {tile}: {source}")]
+    Native {
+        /// Index of the tile in the level, row by row.
+        tile: u32,
+        /// What is wrong with it.
+        source: TileError,
+    },
+}
+
 impl SlideError {
     /// What to do about it, in the words of the settings.
     #[must_use]
@@ -186,6 +212,7 @@ impl SlideError {
             Self::TooLarge { .. } => {
                 "set a finer `target_mpp` or a smaller `tile_size`: the slide has no coarser level"
             }
+            Self::NotNative { .. } => "set `reader` to auto: what the native reader can't read, OpenSlide reads",
             Self::Read { .. } => "the file is damaged there; `on_tile_error = \"skip\"` leaves such tiles out",
             Self::IccProfile { .. } => "set `icc` to false to take the colours as they are stored",
             _ => return None,

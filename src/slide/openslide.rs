@@ -1,6 +1,6 @@
 //! The one place that calls OpenSlide for pixels.
 //!
-//! After an error OpenSlide allows nothing but closing the slide, so [`Handle`] drops its slide then and opens it
+//! After an error OpenSlide allows nothing but closing the slide, so [`OpenSlideLevel`] drops its slide then and opens it
 //! again on the next call.
 
 use std::path::{Path, PathBuf};
@@ -9,8 +9,10 @@ use openslide_rs::errors::OpenSlideError;
 use openslide_rs::{Address, OpenSlide, Region, Size};
 
 use super::container::{self, Container};
-use super::{SlideError, SlideError as E};
-use crate::geometry::{Level, Level0Rect};
+use super::error::DecodeError;
+use super::source::{LevelRect, LevelSource, Shift, fill};
+use super::{LevelInfo, Slide, SlideError, SlideError as E};
+use crate::geometry::Level;
 
 /// Opens `path`, telling the reasons for failure apart that OpenSlide lumps together.
 pub(super) fn open(path: &Path) -> Result<OpenSlide, SlideError> {
@@ -40,63 +42,60 @@ pub(super) fn open(path: &Path) -> Result<OpenSlide, SlideError> {
     })
 }
 
-/// A slide open for reading, that survives read errors.
+/// One level of a slide open for reading, that survives read errors.
 #[derive(Debug)]
-pub(super) struct Handle {
+pub(super) struct OpenSlideLevel {
     path: PathBuf,
+    level: Level,
+    info: LevelInfo,
+    background: [u8; 3],
     slide: Option<OpenSlide>,
 }
 
-/// A rectangle of one level to read.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Window {
-    /// The level.
-    pub level: Level,
-    /// Upper left corner in level-0 pixels, as OpenSlide wants it.
-    pub x: u32,
-    /// See `x`.
-    pub y: u32,
-    /// Width in pixels of the level, at least 1.
-    pub width: u32,
-    /// Height in pixels of the level, at least 1.
-    pub height: u32,
-    /// Level-0 pixels per pixel of the level; only for messages.
-    pub downsample: f64,
+impl OpenSlideLevel {
+    pub(super) fn open(slide: &Slide, level: Level) -> Result<Self, SlideError> {
+        let (path, info) = (slide.path.clone(), slide.level_info(level)?);
+        let handle = open(&path)?;
+        Ok(Self { path, level, info, background: slide.background, slide: Some(handle) })
+    }
 }
 
-impl Handle {
-    pub(super) fn open(path: &Path) -> Result<Self, SlideError> {
-        Ok(Self { path: path.to_owned(), slide: Some(open(path)?) })
-    }
-
-    /// The pixels of a window: `[height, width, 4]`, premultiplied BGRA, transparent where the slide has none.
-    pub(super) fn read(&mut self, window: Window) -> Result<Vec<u8>, SlideError> {
+impl LevelSource for OpenSlideLevel {
+    /// OpenSlide takes level-0 positions and interpolates where they fall between pixels of the level, hence the shift.
+    fn read(&mut self, rect: LevelRect, rgb: &mut Vec<u8>) -> Result<Shift, SlideError> {
+        let row_bytes = rect.width as usize * 3;
+        rgb.resize(row_bytes * rect.height as usize, 0);
+        let Some(part) = rect.clipped((self.info.width, self.info.height)) else {
+            fill(rgb, self.background);
+            return Ok(Shift::default());
+        };
         let slide = match self.slide.take() {
             Some(slide) => slide,
             None => open(&self.path)?,
         };
-        let region = Region {
-            address: Address { x: window.x, y: window.y },
-            level: window.level.0,
-            size: Size { w: window.width, h: window.height },
-        };
-        let pixels = slide.read_region(&region).map_err(|source| SlideError::Read {
+        let downsample = self.info.openslide_downsample;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a level lies within level 0")]
+        let address = |position: u32| (f64::from(position) * downsample).round() as u32;
+        let (x, y) = (address(part.x), address(part.y));
+        let region =
+            Region { address: Address { x, y }, level: self.level.0, size: Size { w: part.width, h: part.height } };
+        let bgra = slide.read_region(&region).map_err(|source| SlideError::Read {
             path: self.path.clone(),
-            level: window.level,
-            region: window.level0_rect(),
-            source,
+            level: self.level,
+            region: rect.level0(&self.info),
+            source: DecodeError::OpenSlide(source),
         })?;
         // Only a slide without an error goes back; the other one was closed on the way out.
         self.slide = Some(slide);
-        Ok(pixels)
-    }
-}
-
-impl Window {
-    fn level0_rect(&self) -> Level0Rect {
-        #[expect(clippy::cast_possible_truncation, reason = "level-0 sizes are checked to be far below 2^53")]
-        let scale = |size: u32| (f64::from(size) * self.downsample).round() as i64;
-        Level0Rect { x: i64::from(self.x), y: i64::from(self.y), width: scale(self.width), height: scale(self.height) }
+        if (part.width, part.height) != (rect.width, rect.height) {
+            fill(rgb, self.background);
+        }
+        let rows = rgb.chunks_exact_mut(row_bytes).skip(part.top);
+        for (row, source) in rows.zip(bgra.chunks_exact(part.width as usize * 4)) {
+            composite(source, self.background, &mut row[part.left * 3..]);
+        }
+        let shift = |address: u32, position: u32| f64::from(address) / downsample - f64::from(position);
+        Ok(Shift { x: shift(x, part.x), y: shift(y, part.y) })
     }
 }
 

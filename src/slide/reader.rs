@@ -3,16 +3,18 @@
 //! A tile's pixels depend on where it lies and on nothing else: not on its neighbours, the order of reads or the cut of
 //! the plane. What lies outside the slide, and what is transparent in it, has the slide's background colour.
 
-use fast_image_resize::{ResizeError, Resizer};
+use std::path::PathBuf;
+
+use fast_image_resize::Resizer;
 
 use super::icc::ToSrgb;
 use super::level::LevelChoice;
-use super::openslide::{Handle, Window, composite};
 use super::resample::{Crop, FILTER_REACH, resample};
+use super::source::{self, LevelRect, LevelSource};
 use super::{LevelInfo, Slide, SlideError};
-use crate::geometry::{Level, TilePosition};
+use crate::geometry::TilePosition;
 
-/// Pixels of a level that one tile may need: 256 MiB decoded.
+/// Pixels of a level that one tile may need: 192 MiB decoded.
 const MAX_WINDOW_PX: u64 = 1 << 26;
 
 /// How tiles are read, apart from the resolution.
@@ -27,32 +29,59 @@ pub struct ReadOptions {
 /// Reads tiles of one slide; each worker has its own.
 #[derive(Debug)]
 pub struct TileReader {
-    source: LevelReader,
-    choice: LevelChoice,
-    tile_size: u32,
+    path: PathBuf,
+    source: Box<dyn LevelSource>,
+    cut: Cut,
     to_srgb: Option<ToSrgb>,
-    scratch: Vec<u8>,
+    resizer: Resizer,
+    window: Vec<u8>,
+    converted: Vec<u8>,
 }
 
 impl TileReader {
-    /// Opens the slide for reading at the chosen resolution.
+    /// Opens `count` readers of a slide at the chosen resolution, which together will read each tile of `planned` once:
+    /// so they share what neighbouring tiles need of the file. Other tiles may be read too, at the price of decoding for
+    /// each alone.
     ///
     /// # Errors
     /// [`SlideError`] if the file can't be opened any more, a tile would need too much memory, or a conversion to sRGB
     /// is asked for and the slide's profile is unusable. A slide without a profile is no error, see
     /// [`converts_colours`](Self::converts_colours).
-    pub fn new(slide: &Slide, choice: &LevelChoice, options: ReadOptions) -> Result<Self, SlideError> {
-        let source = LevelReader::open(slide, choice.level)?;
-        let reader = Self {
-            source,
-            choice: *choice,
-            tile_size: options.tile_size,
-            to_srgb: if options.icc { ToSrgb::of(slide)? } else { None },
-            scratch: Vec::new(),
-        };
+    pub fn several(
+        slide: &Slide,
+        choice: &LevelChoice,
+        options: ReadOptions,
+        planned: &[TilePosition],
+        count: usize,
+    ) -> Result<Vec<Self>, SlideError> {
+        let cut = Cut { info: slide.level_info(choice.level)?, choice: *choice, tile_size: options.tile_size };
         // Every tile needs as much, so too large a window is told before the first one.
-        reader.source.check_size(&reader.view(TilePosition { x: 0.0, y: 0.0, plane_x: 0, plane_y: 0 }))?;
-        Ok(reader)
+        cut.check_size(slide)?;
+        let to_srgb = if options.icc { ToSrgb::of(slide)? } else { None };
+        let rects = planned.iter().map(|position| cut.rect(*position));
+        let reader = |source| Self {
+            path: slide.path.clone(),
+            source,
+            cut,
+            to_srgb: to_srgb.clone(),
+            resizer: Resizer::new(),
+            window: Vec::new(),
+            converted: Vec::new(),
+        };
+        Ok(source::open(slide, choice.level, rects, count)?.into_iter().map(reader).collect())
+    }
+
+    /// Opens a single reader, see [`several`](Self::several).
+    ///
+    /// # Errors
+    /// Those of [`several`](Self::several).
+    pub fn new(
+        slide: &Slide,
+        choice: &LevelChoice,
+        options: ReadOptions,
+        planned: &[TilePosition],
+    ) -> Result<Self, SlideError> {
+        Ok(Self::several(slide, choice, options, planned, 1)?.remove(0))
     }
 
     /// Whether colours are converted: asked for, and the slide has a profile.
@@ -63,223 +92,96 @@ impl TileReader {
 
     /// Reads the tile at `position` into `rgb`, whose content is replaced: `[tile_size, tile_size, 3]`, RGB8.
     ///
-    /// Without resampling, a tile inside the slide is bit for bit what OpenSlide's `read_region` gives at the tile's
-    /// position rounded to level-0 pixels.
+    /// Without resampling a tile has the level's own pixels, from the one nearest to its position on: on level 0, read by
+    /// OpenSlide, bit for bit those of its `read_region` at the rounded position.
     ///
     /// # Errors
     /// [`SlideError`] if the file is damaged there. The reader stays usable.
     pub fn read(&mut self, position: TilePosition, rgb: &mut Vec<u8>) -> Result<(), SlideError> {
-        let view = self.view(position);
-        let side = self.tile_size as usize;
-        rgb.resize(side * side * 3, 0);
-        match self.choice.resample {
-            None => self.source.read_as_is(position, self.tile_size, rgb)?,
-            Some(_) => self.source.read_resampled(&view, rgb)?,
+        let Self { path, source, cut, to_srgb, resizer, window, converted } = self;
+        let rect = cut.rect(position);
+        if cut.choice.resample.is_none() {
+            source.read(rect, rgb)?;
+        } else {
+            let shift = source.read(rect, window)?;
+            let view = cut.view(position);
+            let side = cut.tile_size;
+            rgb.resize(side as usize * side as usize * 3, 0);
+            let crop = Crop {
+                left: view.left - rect.x as f64 - shift.x,
+                top: view.top - rect.y as f64 - shift.y,
+                width: f64::from(side) * view.factor_x,
+                height: f64::from(side) * view.factor_y,
+            };
+            resample(resizer, (rect.width, rect.height, window), crop, (side, side, rgb))
+                .map_err(|source| SlideError::Resample { path: path.clone(), level: cut.choice.level, source })?;
         }
-        if let Some(to_srgb) = &self.to_srgb {
-            to_srgb
-                .convert(rgb, &mut self.scratch)
-                .map_err(|source| SlideError::IccProfile { path: self.source.slide.path.clone(), source })?;
+        if let Some(to_srgb) = to_srgb {
+            to_srgb.convert(rgb, converted).map_err(|source| SlideError::IccProfile { path: path.clone(), source })?;
         }
         Ok(())
     }
-
-    fn view(&self, position: TilePosition) -> View {
-        let info = self.source.info;
-        let (factor_x, factor_y) = self.choice.resample.map_or((1.0, 1.0), |factors| (factors.x, factors.y));
-        View {
-            left: position.x / info.downsample_x,
-            top: position.y / info.downsample_y,
-            factor_x,
-            factor_y,
-            width: self.tile_size,
-            height: self.tile_size,
-        }
-    }
 }
 
-/// A part of a level seen at another scale.
+/// How tiles are cut from a level.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    info: LevelInfo,
+    choice: LevelChoice,
+    tile_size: u32,
+}
+
+/// A tile as a part of a level seen at another scale.
 #[derive(Clone, Copy, Debug)]
 struct View {
     /// Left edge in pixels of the level.
     left: f64,
     /// Top edge in pixels of the level.
     top: f64,
-    /// Pixels of the level per pixel of the view.
+    /// Pixels of the level per pixel of the tile.
     factor_x: f64,
     factor_y: f64,
-    /// Size of the view.
-    width: u32,
-    height: u32,
 }
 
-/// A range of pixels of a level along one axis that a view needs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Span {
-    start: i64,
-    len: u64,
-}
-
-impl Span {
-    fn of(left: f64, factor: f64, len: u32) -> Self {
-        let margin = (FILTER_REACH * factor.max(1.0)).ceil() + 1.0;
-        let end = left + f64::from(len) * factor;
-        let start = floor(left - margin);
-        Self { start, len: floor(end + margin).abs_diff(start) + 1 }
-    }
-}
-
-/// Reads one level of a slide, with buffers that are kept from read to read.
-#[derive(Debug)]
-struct LevelReader {
-    slide: Slide,
-    level: Level,
-    info: LevelInfo,
-    handle: Handle,
-    resizer: Resizer,
-    padded: Vec<u8>,
-    resized: Vec<u8>,
-}
-
-/// What OpenSlide gave for a range of a level: the part of it that lies on the slide.
-struct Part {
-    /// Premultiplied BGRA.
-    bgra: Vec<u8>,
-    /// Where its upper left pixel lies in the range.
-    x: usize,
-    y: usize,
-    width: usize,
-    height: usize,
-    /// How far its pixels lie beyond whole pixels of the level: OpenSlide takes level-0 positions, and interpolates.
-    shift_x: f64,
-    shift_y: f64,
-}
-
-impl LevelReader {
-    fn open(slide: &Slide, level: Level) -> Result<Self, SlideError> {
-        let info = slide.levels.get(level.0 as usize).copied().ok_or_else(|| SlideError::AbsurdLevel {
-            path: slide.path.clone(),
-            level,
-            width: 0,
-            height: 0,
-        })?;
-        let handle = Handle::open(&slide.path)?;
-        let slide = slide.clone();
-        Ok(Self { slide, level, info, handle, resizer: Resizer::new(), padded: Vec::new(), resized: Vec::new() })
+impl Cut {
+    fn view(&self, position: TilePosition) -> View {
+        let (factor_x, factor_y) = self.choice.resample.map_or((1.0, 1.0), |factors| (factors.x, factors.y));
+        let (left, top) = (position.x / self.info.downsample_x, position.y / self.info.downsample_y);
+        View { left, top, factor_x, factor_y }
     }
 
-    fn check_size(&self, view: &View) -> Result<(), SlideError> {
-        let width = Span::of(view.left, view.factor_x, view.width).len;
-        let height = Span::of(view.top, view.factor_y, view.height).len;
-        if view.width > 0 && view.height > 0 && width.saturating_mul(height) <= MAX_WINDOW_PX {
+    /// The pixels of the level that the tile at `position` needs.
+    fn rect(&self, position: TilePosition) -> LevelRect {
+        let view = self.view(position);
+        if self.choice.resample.is_none() {
+            let nearest = |edge: f64| floor(edge.round());
+            let side = self.tile_size;
+            return LevelRect { x: nearest(view.left), y: nearest(view.top), width: side, height: side };
+        }
+        let [(x, width), (y, height)] = self.spans(&view);
+        let side = |len: u64| u32::try_from(len).unwrap_or(u32::MAX);
+        LevelRect { x, y, width: side(width), height: side(height) }
+    }
+
+    /// Start and length along both axes of what the filter reads for a view.
+    fn spans(&self, view: &View) -> [(i64, u64); 2] {
+        let span = |left: f64, factor: f64| {
+            let margin = (FILTER_REACH * factor.max(1.0)).ceil() + 1.0;
+            let end = left + f64::from(self.tile_size) * factor;
+            let start = floor(left - margin);
+            (start, floor(end + margin).abs_diff(start) + 1)
+        };
+        [span(view.left, view.factor_x), span(view.top, view.factor_y)]
+    }
+
+    fn check_size(&self, slide: &Slide) -> Result<(), SlideError> {
+        let view = self.view(TilePosition { x: 0.0, y: 0.0, plane_x: 0, plane_y: 0 });
+        let [(_, width), (_, height)] = self.spans(&view);
+        if self.tile_size > 0 && width.saturating_mul(height) <= MAX_WINDOW_PX {
             return Ok(());
         }
-        let (path, level, max_px) = (self.slide.path.clone(), self.level, MAX_WINDOW_PX);
+        let (path, level, max_px) = (slide.path.clone(), self.choice.level, MAX_WINDOW_PX);
         Err(SlideError::TooLarge { path, level, width, height, max_px })
-    }
-
-    /// The level's own pixels, from the one nearest to `position` on.
-    fn read_as_is(&mut self, position: TilePosition, side: u32, rgb: &mut [u8]) -> Result<(), SlideError> {
-        let background = self.slide.background;
-        // Rounded on the level-0 frame, not on the level's, as a caller of read_region would.
-        let start = |position: f64, downsample: f64| {
-            let address = (position / downsample * self.info.openslide_downsample).round();
-            (address, floor((address / self.info.openslide_downsample).round()))
-        };
-        let (address_x, x) = start(position.x, self.info.downsample_x);
-        let (address_y, y) = start(position.y, self.info.downsample_y);
-        let spans = (Span { start: x, len: side.into() }, Span { start: y, len: side.into() });
-        let part = self.read_part(spans.0, spans.1, (address_x, address_y))?;
-        let side = side as usize;
-        match part {
-            Some(part) if (part.width, part.height) == (side, side) => composite(&part.bgra, background, rgb),
-            part => {
-                fill(rgb, background);
-                let Some(part) = part else { return Ok(()) };
-                let rows = rgb.chunks_exact_mut(side * 3).skip(part.y);
-                for (row, source) in rows.zip(part.bgra.chunks_exact(part.width * 4)) {
-                    composite(source, background, &mut row[part.x * 3..]);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn read_resampled(&mut self, view: &View, rgb: &mut [u8]) -> Result<(), SlideError> {
-        let background = self.slide.background;
-        let (span_x, span_y) =
-            (Span::of(view.left, view.factor_x, view.width), Span::of(view.top, view.factor_y, view.height));
-        let address = |span: Span| (span.start.max(0) as f64 * self.info.openslide_downsample).round();
-        let Some(part) = self.read_part(span_x, span_y, (address(span_x), address(span_y)))? else {
-            fill(rgb, background);
-            return Ok(());
-        };
-        self.resample(view, (span_x, span_y), &part).map_err(|source| SlideError::Resample {
-            path: self.slide.path.clone(),
-            level: self.level,
-            source,
-        })?;
-        composite(&self.resized, background, rgb);
-        Ok(())
-    }
-
-    fn resample(&mut self, view: &View, (span_x, span_y): (Span, Span), part: &Part) -> Result<(), ResizeError> {
-        let size = |span: Span| u32::try_from(span.len).unwrap_or(u32::MAX);
-        let (width, height) = (size(span_x), size(span_y));
-        let is_whole = (part.width, part.height) == (width as usize, height as usize);
-        let source = if is_whole {
-            &part.bgra
-        } else {
-            // Beyond the slide all has the background's colour, opaque: were it transparent, the filter's overshoot
-            // would be clipped in alpha but not in colour, and the slide would get a pale rim.
-            let [red, green, blue] = self.slide.background;
-            self.padded.clear();
-            self.padded.extend([blue, green, red, u8::MAX].repeat(width as usize * height as usize));
-            let rows = self.padded.chunks_exact_mut(width as usize * 4).skip(part.y);
-            for (row, source) in rows.zip(part.bgra.chunks_exact(part.width * 4)) {
-                row[part.x * 4..][..source.len()].copy_from_slice(source);
-            }
-            &self.padded
-        };
-        self.resized.resize(view.width as usize * view.height as usize * 4, 0);
-        let crop = Crop {
-            left: view.left - span_x.start as f64 - part.shift_x,
-            top: view.top - span_y.start as f64 - part.shift_y,
-            width: f64::from(view.width) * view.factor_x,
-            height: f64::from(view.height) * view.factor_y,
-        };
-        let target = (view.width, view.height, &mut self.resized[..]);
-        resample(&mut self.resizer, (width, height, source), crop, target)
-    }
-
-    /// Reads what of the range lies on the slide; `None` if nothing does. `address` is the level-0 position of the
-    /// range's start; it is not used where the range starts before the slide.
-    fn read_part(&mut self, x: Span, y: Span, address: (f64, f64)) -> Result<Option<Part>, SlideError> {
-        let clip = |span: Span, address: f64, extent: u32| {
-            let end = span.start.saturating_add_unsigned(span.len).min(i64::from(extent));
-            let start = span.start.max(0);
-            let len = u32::try_from(end.checked_sub(start)?).ok().filter(|len| *len > 0)?;
-            let skipped = usize::try_from(start - span.start).ok()?;
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates, as wanted")]
-            let address = if span.start < 0 { 0 } else { address as u32 };
-            let shift = f64::from(address) / self.info.openslide_downsample - start as f64;
-            Some((skipped, len, address, shift))
-        };
-        let clipped = clip(x, address.0, self.info.width).zip(clip(y, address.1, self.info.height));
-        let Some(((x, width, address_x, shift_x), (y, height, address_y, shift_y))) = clipped else {
-            return Ok(None);
-        };
-        let downsample = self.info.openslide_downsample;
-        let bgra =
-            self.handle.read(Window { level: self.level, x: address_x, y: address_y, width, height, downsample })?;
-        let (width, height) = (width as usize, height as usize);
-        Ok(Some(Part { bgra, x, y, width, height, shift_x, shift_y }))
-    }
-}
-
-fn fill(rgb: &mut [u8], colour: [u8; 3]) {
-    for pixel in rgb.chunks_exact_mut(3) {
-        pixel.copy_from_slice(&colour);
     }
 }
 
@@ -292,7 +194,7 @@ fn floor(value: f64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::geometry::{Level0Rect, Mpp, PixelSize, TilePlane};
+    use crate::geometry::{Level, Level0Rect, Mpp, PixelSize, TilePlane};
     use crate::slide::level::choose;
     use crate::slide::synthetic::{Encoding, SvsOptions, SyntheticSlide};
     use tempfile::TempDir;
@@ -304,7 +206,7 @@ mod tests {
         let path = folder.path().join("a.tif");
         let options = SvsOptions { encoding: Encoding::Deflate, downsamples: vec![1, 2, 4], ..options.clone() };
         synthetic.write(&path, &options).unwrap();
-        let slide = Slide::open(&path).unwrap();
+        let slide = Slide::open(&path, None).unwrap();
         (folder, synthetic, slide)
     }
 
@@ -325,7 +227,7 @@ mod tests {
 
     fn read(slide: &Slide, choice: &LevelChoice, tile_size: u32, plane_x: i64, plane_y: i64) -> Vec<u8> {
         let mut rgb = Vec::new();
-        let mut reader = TileReader::new(slide, choice, ReadOptions { tile_size, icc: false }).unwrap();
+        let mut reader = TileReader::new(slide, choice, ReadOptions { tile_size, icc: false }, &[]).unwrap();
         reader.read(at(choice, plane_x, plane_y), &mut rgb).unwrap();
         rgb
     }
@@ -389,7 +291,7 @@ mod tests {
         let damaged = SvsOptions { damaged_tiles: vec![(0, 1, 1)], ..SvsOptions::default() };
         let (_folder, synthetic, slide) = slide(&damaged);
         let choice = choice(&slide, 0.5);
-        let mut reader = TileReader::new(&slide, &choice, ReadOptions { tile_size: 256, icc: false }).unwrap();
+        let mut reader = TileReader::new(&slide, &choice, ReadOptions { tile_size: 256, icc: false }, &[]).unwrap();
         let mut rgb = Vec::new();
         for _ in 0..2 {
             let error = reader.read(at(&choice, 256, 256), &mut rgb).unwrap_err();
@@ -404,7 +306,7 @@ mod tests {
         let (_folder, _, mut slide) = slide(&SvsOptions::default());
         slide.levels.truncate(1);
         for (target, tile_size) in [(50.0, 512), (0.5, 100_000), (0.5, 0)] {
-            let error = TileReader::new(&slide, &choice(&slide, target), ReadOptions { tile_size, icc: false });
+            let error = TileReader::new(&slide, &choice(&slide, target), ReadOptions { tile_size, icc: false }, &[]);
             assert!(matches!(error, Err(SlideError::TooLarge { .. })), "{target}, {tile_size}");
         }
     }
@@ -416,7 +318,8 @@ mod tests {
         let (_wide_folder, _, wide) = slide(&SvsOptions { icc_profile: Some(profile), ..SvsOptions::default() });
         let (_bad_folder, _, bad) =
             slide(&SvsOptions { icc_profile: Some(b"nonsense".to_vec()), ..SvsOptions::default() });
-        let open = |slide: &Slide, icc| TileReader::new(slide, &choice(slide, 0.5), ReadOptions { tile_size: 64, icc });
+        let open =
+            |slide: &Slide, icc| TileReader::new(slide, &choice(slide, 0.5), ReadOptions { tile_size: 64, icc }, &[]);
         assert!(!open(&plain, true).unwrap().converts_colours());
         assert!(!open(&wide, false).unwrap().converts_colours());
         assert!(!open(&bad, false).unwrap().converts_colours());

@@ -1,7 +1,7 @@
 //! The one filter by which pixels change their scale.
 
 use fast_image_resize::images::{TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8x4;
+use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{CropBoxError, FilterType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
 
 /// Bicubic (a = -0.5), widened when it shrinks so that nothing aliases: the filter of Pillow's `resize` by default, hence
@@ -21,8 +21,7 @@ pub(super) struct Crop {
     pub height: f64,
 }
 
-/// Resamples `crop` of `source` so that it fills `target`: both are a width, a height and four bytes per pixel, in any
-/// order of channels, premultiplied if one is alpha.
+/// Resamples `crop` of `source` so that it fills `target`: both are a width, a height and RGB8 pixels.
 pub(super) fn resample(
     resizer: &mut Resizer,
     source: (u32, u32, &[u8]),
@@ -31,8 +30,8 @@ pub(super) fn resample(
 ) -> Result<(), ResizeError> {
     let too_short = |_| ResizeError::SrcCroppingError(CropBoxError::SizeIsOutOfImageBoundaries);
     // The typed calls, because the others build the filters of all thirteen pixel types, which takes minutes.
-    let source = TypedImageRef::<U8x4>::from_buffer(source.0, source.1, source.2).map_err(too_short)?;
-    let mut target = TypedImage::<U8x4>::from_buffer(target.0, target.1, target.2).map_err(too_short)?;
+    let source = TypedImageRef::<U8x3>::from_buffer(source.0, source.1, source.2).map_err(too_short)?;
+    let mut target = TypedImage::<U8x3>::from_buffer(target.0, target.1, target.2).map_err(too_short)?;
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FILTER)).use_alpha(false).crop(
         crop.left,
         crop.top,

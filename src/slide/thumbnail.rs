@@ -1,10 +1,10 @@
 //! The whole slide as one small picture, in bounded memory.
 
 use fast_image_resize::{ResizeError, Resizer};
-use image::{DynamicImage, RgbImage, Rgba, RgbaImage};
+use image::{Rgb, RgbImage};
 
-use super::openslide::{Handle, Window, composite};
 use super::resample::{Crop, resample};
+use super::source::{self, LevelRect, LevelSource, fill};
 use super::{LevelInfo, Slide, SlideError};
 use crate::geometry::{Level, Level0Rect};
 
@@ -48,10 +48,13 @@ impl Slide {
         let large_enough = |info: &LevelInfo| info.width >= width && info.height >= height;
         let chosen = (0..).map(Level).zip(&self.levels).filter(|(_, info)| large_enough(info)).last();
         let (level, info) = chosen.map_or((Level(0), self.levels[0]), |(level, info)| (level, *info));
-        let mut source = Source { slide: self, level, info, handle: Handle::open(&self.path)?, unreadable: Vec::new() };
         let block = ((info.width / width).min(MAX_BLOCK), (info.height / height).min(MAX_BLOCK));
-        let means = source.block_means(block)?;
-        let unreadable = source.unreadable;
+        let parts = parts((info.width, info.height), block);
+        let planned = parts.iter().map(|part| part.rect());
+        let source = source::open(self, level, planned, 1)?.remove(0);
+        let mut walk = Walk { background: self.background, source, unreadable: Vec::new() };
+        let means = walk.block_means(&info, &parts, block)?;
+        let unreadable = walk.unreadable;
         // The last block of a row may be cut off by the slide's edge.
         let covered = (f64::from(info.width) / f64::from(block.0), f64::from(info.height) / f64::from(block.1));
         let image = shrink_to(means, covered, (width, height)).map_err(|source| SlideError::Resample {
@@ -65,11 +68,9 @@ impl Slide {
 }
 
 /// A level being read part by part.
-struct Source<'a> {
-    slide: &'a Slide,
-    level: Level,
-    info: LevelInfo,
-    handle: Handle,
+struct Walk {
+    background: [u8; 3],
+    source: Box<dyn LevelSource>,
     unreadable: Vec<Level0Rect>,
 }
 
@@ -82,62 +83,60 @@ struct Part {
     height: u32,
 }
 
-impl Source<'_> {
+/// The parts of a level that are read at a time, each of whole blocks.
+fn parts((width, height): (u32, u32), (block_x, block_y): (u32, u32)) -> Vec<Part> {
+    let step_x = CHUNK.0.div_ceil(block_x) * block_x;
+    let step_y = CHUNK.1.div_ceil(block_y) * block_y;
+    // Down first: tiles cut by the lower edge of a part are still in OpenSlide's cache for the next one.
+    let columns = (0..width).step_by(step_x as usize);
+    let part = move |x: u32, y: u32| Part { x, y, width: step_x.min(width - x), height: step_y.min(height - y) };
+    columns.flat_map(|x| (0..height).step_by(step_y as usize).map(move |y| part(x, y))).collect()
+}
+
+impl Walk {
     /// The level with every block of `block_x` by `block_y` pixels averaged; blocks at the edges may be smaller.
-    fn block_means(&mut self, (block_x, block_y): (u32, u32)) -> Result<RgbaImage, SlideError> {
-        let (width, height) = (self.info.width, self.info.height);
-        let mut means = RgbaImage::new(width.div_ceil(block_x), height.div_ceil(block_y));
-        let step_x = CHUNK.0.div_ceil(block_x) * block_x;
-        let step_y = CHUNK.1.div_ceil(block_y) * block_y;
+    fn block_means(&mut self, info: &LevelInfo, parts: &[Part], block: (u32, u32)) -> Result<RgbImage, SlideError> {
+        let mut means = RgbImage::new(info.width.div_ceil(block.0), info.height.div_ceil(block.1));
         let mut rgb = Vec::new();
-        // Down first: tiles cut by the lower edge of a part are still in OpenSlide's cache for the next one.
-        for x in (0..width).step_by(step_x as usize) {
-            for y in (0..height).step_by(step_y as usize) {
-                let part = Part { x, y, width: step_x.min(width - x), height: step_y.min(height - y) };
-                rgb.resize(part.width as usize * part.height as usize * 3, 0);
-                self.read(part, part, &mut rgb)?;
-                average(&rgb, part, (block_x, block_y), &mut means);
-            }
+        for part in parts {
+            self.read(*part, &mut rgb)?;
+            average(&rgb, *part, block, &mut means);
         }
         Ok(means)
     }
 
-    /// Reads `part` into its place in `rgb`, which holds `whole`; what is damaged is narrowed down, filled and listed.
-    fn read(&mut self, part: Part, whole: Part, rgb: &mut [u8]) -> Result<(), SlideError> {
-        let downsample = self.info.openslide_downsample;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a level lies within level 0")]
-        let address = |position: u32| (f64::from(position) * downsample).round() as u32;
-        let (x, y) = (address(part.x), address(part.y));
-        let (width, height) = (part.width, part.height);
-        let bgra = match self.handle.read(Window { level: self.level, x, y, width, height, downsample }) {
-            Ok(bgra) => Some(bgra),
-            Err(error @ SlideError::Read { .. }) if self.unreadable.len() >= MAX_UNREADABLE => return Err(error),
-            Err(SlideError::Read { .. }) if width.max(height) > SMALLEST_PART => {
+    /// Reads `part` into `rgb`, whose content is replaced; what is damaged is narrowed down, filled and listed.
+    fn read(&mut self, part: Part, rgb: &mut Vec<u8>) -> Result<(), SlideError> {
+        match self.source.read(part.rect(), rgb) {
+            Ok(_) => Ok(()),
+            Err(error @ SlideError::Read { .. }) if self.unreadable.len() >= MAX_UNREADABLE => Err(error),
+            Err(SlideError::Read { .. }) if part.width.max(part.height) > SMALLEST_PART => {
+                let mut half_rgb = Vec::new();
+                rgb.resize(part.width as usize * part.height as usize * 3, 0);
                 for half in part.halves() {
-                    self.read(half, whole, rgb)?;
+                    self.read(half, &mut half_rgb)?;
+                    let rows = rgb.chunks_exact_mut(part.width as usize * 3).skip((half.y - part.y) as usize);
+                    for (row, source) in rows.zip(half_rgb.chunks_exact(half.width as usize * 3)) {
+                        row[(half.x - part.x) as usize * 3..][..source.len()].copy_from_slice(source);
+                    }
                 }
-                return Ok(());
+                Ok(())
             }
             Err(SlideError::Read { region, .. }) => {
                 self.unreadable.push(region);
-                None
+                fill(rgb, self.background);
+                Ok(())
             }
-            Err(error) => return Err(error),
-        };
-        let row_len = width as usize * 3;
-        let rows = rgb.chunks_exact_mut(whole.width as usize * 3).skip((part.y - whole.y) as usize);
-        for (index, row) in rows.take(height as usize).enumerate() {
-            let row = &mut row[(part.x - whole.x) as usize * 3..][..row_len];
-            match &bgra {
-                Some(bgra) => composite(&bgra[index * width as usize * 4..], self.slide.background, row),
-                None => row.chunks_exact_mut(3).for_each(|pixel| pixel.copy_from_slice(&self.slide.background)),
-            }
+            Err(error) => Err(error),
         }
-        Ok(())
     }
 }
 
 impl Part {
+    fn rect(self) -> LevelRect {
+        LevelRect { x: self.x.into(), y: self.y.into(), width: self.width, height: self.height }
+    }
+
     /// Both halves of the longer side.
     fn halves(self) -> [Self; 2] {
         if self.width >= self.height {
@@ -151,7 +150,7 @@ impl Part {
 }
 
 /// Averages the blocks of a part, which starts on a block, into their pixels of `means`.
-fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut RgbaImage) {
+fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut RgbImage) {
     let cols = part.width.div_ceil(block_x) as usize;
     let mut sums = vec![[0u32; 3]; cols];
     let rows: Vec<&[u8]> = rgb.chunks_exact(part.width as usize * 3).collect();
@@ -170,21 +169,21 @@ fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut R
             let block_width = block_x.min(part.width - index * block_x);
             let count = block_width * u32::try_from(rows.len()).unwrap_or(u32::MAX);
             let [red, green, blue] = sum.map(|sum| u8::try_from((sum + count / 2) / count).unwrap_or(u8::MAX));
-            means.put_pixel(part.x / block_x + index, block_row, Rgba([red, green, blue, u8::MAX]));
+            means.put_pixel(part.x / block_x + index, block_row, Rgb([red, green, blue]));
         }
     }
 }
 
 /// Filters the last bit of the way, a factor between 1 and 2.
-fn shrink_to(means: RgbaImage, covered: (f64, f64), (width, height): (u32, u32)) -> Result<RgbImage, ResizeError> {
+fn shrink_to(means: RgbImage, covered: (f64, f64), (width, height): (u32, u32)) -> Result<RgbImage, ResizeError> {
     if covered == (f64::from(width), f64::from(height)) {
-        return Ok(DynamicImage::from(means).into_rgb8());
+        return Ok(means);
     }
-    let mut small = RgbaImage::new(width, height);
+    let mut small = RgbImage::new(width, height);
     let crop = Crop { left: 0.0, top: 0.0, width: covered.0, height: covered.1 };
     let source = (means.width(), means.height(), means.as_raw().as_slice());
     resample(&mut Resizer::new(), source, crop, (width, height, &mut small))?;
-    Ok(DynamicImage::from(small).into_rgb8())
+    Ok(small)
 }
 
 fn pixels(level0: i64, shrink: f64) -> u32 {
@@ -202,7 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.tif");
         slide.write(&path, &SvsOptions { encoding: Encoding::Deflate, ..options }).unwrap();
-        let slide = Slide::open(&path).unwrap();
+        let slide = Slide::open(&path, None).unwrap();
         (folder, slide)
     }
 

@@ -40,14 +40,14 @@ impl Course {
     /// About `wanted` tissue tiles of the slide, side by side.
     pub(super) fn new(path: &Path, card: &ModelCard, wanted: usize) -> Result<Self, ExperimentError> {
         let mut tiling = TilingConfig::of(card);
-        let mut plan = plan::plan(Slide::open(path)?, &tiling)?;
+        let mut plan = plan::plan(Slide::open(path, tiling.reader)?, &tiling)?;
         let slide_tiles = plan.positions.len() as u64;
         if plan.positions.is_empty() {
             return Err(ExperimentError::NoTiles { path: path.to_owned() });
         }
         if plan.positions.len() > wanted {
             tiling.region = Some(densest(&plan, wanted));
-            plan = plan::plan(Slide::open(path)?, &tiling)?;
+            plan = plan::plan(Slide::open(path, tiling.reader)?, &tiling)?;
         }
         Ok(Self { plan, wanted, slide_tiles, tiling })
     }
@@ -78,7 +78,7 @@ impl Course {
     ) -> Result<Walk, ExperimentError> {
         let plan = &self.plan;
         let options = ReadOptions { tile_size: plan.plane.tile_size, icc: false };
-        let mut reader = TileReader::new(&plan.slide, &plan.choice, options)?;
+        let mut reader = TileReader::new(&plan.slide, &plan.choice, options, &plan.positions)?;
         let spec = stitch_spec(card, &self.config(Emit::Csv), plan);
         let mut stitcher = spec.map(Stitcher::new).transpose()?;
         let mut map = spec.and_then(|spec| OverviewBuilder::new(&spec, MAP_SIDE));

@@ -81,7 +81,7 @@ impl SlideQuestion {
             Self::File { path, mpp, overlap } => {
                 let overlap = overlap.in_pixels(card.tile_size);
                 let tiling = TilingConfig { overlap, slide_mpp: *mpp, ..TilingConfig::of(card) };
-                let plan = plan::plan(Slide::open(path)?, &tiling)?;
+                let plan = plan::plan(Slide::open(path, tiling.reader)?, &tiling)?;
                 CountedSlide { record: of_plan(&plan), plan: Some(plan) }
             }
         };
@@ -208,8 +208,7 @@ fn reading_rate(plan: &SlidePlan, readers: usize) -> Result<f64, ExperimentError
     let options = ReadOptions { tile_size: plan.plane.tile_size, icc: false };
     let chosen: Vec<TilePosition> = stretches(plan.positions.len()).map(|index| plan.positions[index]).collect();
     let (next, start) = (AtomicUsize::new(0), Instant::now());
-    let read = || {
-        let mut reader = TileReader::new(&plan.slide, &plan.choice, options)?;
+    let read = |mut reader: TileReader| {
         let (mut pixels, mut done) = (Vec::new(), 0_usize);
         while done == 0 || start.elapsed() < MOST_READ_TIME {
             let Some(position) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
@@ -218,8 +217,9 @@ fn reading_rate(plan: &SlidePlan, readers: usize) -> Result<f64, ExperimentError
         }
         Ok::<usize, ExperimentError>(done)
     };
+    let opened = TileReader::several(&plan.slide, &plan.choice, options, &chosen, readers)?;
     let read = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..readers).map(|_| scope.spawn(read)).collect();
+        let workers: Vec<_> = opened.into_iter().map(|reader| scope.spawn(move || read(reader))).collect();
         workers
             .into_iter()
             .map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)))

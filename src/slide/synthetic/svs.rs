@@ -367,7 +367,7 @@ mod tests {
             let options = SvsOptions { encoding, is_aperio, quality: 90, native_tile: 240, ..SvsOptions::default() };
             let options = SvsOptions { downsamples: vec![1, 2, 4], ..options };
             synthetic.write(&path, &options).unwrap();
-            let slide = Slide::open(&path).unwrap();
+            let slide = Slide::open(&path, None).unwrap();
             assert_eq!(slide.vendor, if is_aperio { "aperio" } else { "generic-tiff" });
             let sizes: Vec<_> = slide.levels.iter().map(|level| (level.width, level.height)).collect();
             assert_eq!(sizes, [(700, 530), (350, 265), (175, 132)]);
@@ -390,7 +390,7 @@ mod tests {
         let open = |mpp: MppField| {
             let options = SvsOptions { mpp, app_mag: Some("40".to_owned()), ..SvsOptions::default() };
             SyntheticSlide::new(300, 300, 1).write(&path, &options).unwrap();
-            Slide::open(&path).unwrap().pixel_size(None)
+            Slide::open(&path, None).unwrap().pixel_size(None)
         };
         let missing = open(MppField::Missing).unwrap_err();
         assert!(matches!(missing, SlideError::MissingMpp { objective_power: Some(40.0), .. }), "{missing}");

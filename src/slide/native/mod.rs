@@ -1,0 +1,352 @@
+//! Reads tiled TIFF slides without OpenSlide: directories → [`pyramid`] → [`NativeLevel`] → [`decode`] → RGB8.
+//!
+//! ```text
+//! pyramid    the directories, once: which are levels, where their tiles lie (tags, description: its parts)
+//! agreement  whether pixels are those of OpenSlide, tried when a slide is opened
+//! decode     one tile's bytes → its pixels (jpeg: JPEG's part of it)
+//! cache      decoded tiles, shared by all threads, each decoded once
+//! ```
+
+pub(super) mod agreement;
+mod cache;
+mod decode;
+mod description;
+mod error;
+mod jpeg;
+pub(super) mod pyramid;
+mod tags;
+#[cfg(test)]
+mod tiff_builder;
+
+use std::fs::File;
+use std::io::BufReader;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use self::cache::TileCache;
+use self::decode::{DecodeScratch, TileDecoder};
+pub(super) use self::error::PyramidError;
+pub use self::error::TileError;
+use self::pyramid::{Pyramid, TiledLevel};
+use super::error::DecodeError;
+use super::source::{LevelRect, LevelSource, Shift, fill};
+use super::{LevelInfo, Slide, SlideError};
+use crate::geometry::Level;
+
+/// Bytes of decoded tiles that are held at most. Reading row by row needs two rows of the file's tiles: 150 MB where a
+/// slide 100,000 px wide has tissue from edge to edge.
+const CACHE_BYTES: usize = 256 << 20;
+
+/// Reads the directories of a file, and makes sure that each level can be decoded.
+pub(super) fn pyramid_of(path: &Path) -> Result<Pyramid, PyramidError> {
+    let pyramid = Pyramid::parse(BufReader::new(File::open(path)?))?;
+    for level in &pyramid.levels {
+        TileDecoder::new(level).map_err(|error| match error {
+            TileError::Unsupported(what) => PyramidError::Unsupported(what),
+            other => PyramidError::Unsupported(format!("a slide whose JPEG tables are unusable ({other})")),
+        })?;
+    }
+    Ok(pyramid)
+}
+
+/// One level open for reading by any number of threads, which share what they decode.
+#[derive(Debug)]
+pub(super) struct NativeLevel {
+    path: PathBuf,
+    file: File,
+    pyramid: Arc<Pyramid>,
+    level: Level,
+    info: LevelInfo,
+    decoder: TileDecoder,
+    /// The colour of what lies outside the slide and of tiles that the file doesn't have.
+    background: [u8; 3],
+    cache: TileCache,
+}
+
+/// A thread's access to a level, with what it needs while it decodes.
+#[derive(Debug)]
+pub(super) struct NativeSource {
+    level: Arc<NativeLevel>,
+    data: Vec<u8>,
+    scratch: DecodeScratch,
+}
+
+/// The part of a tile that a read needs, all in pixels.
+struct Overlap {
+    /// Left and top edge within the tile.
+    tile_x: usize,
+    tile_y: usize,
+    /// Left and top edge within the read.
+    out_x: usize,
+    out_y: usize,
+    width: usize,
+    height: usize,
+}
+
+impl NativeLevel {
+    /// Opens a level of which `planned` will be read, each rectangle once.
+    ///
+    /// # Errors
+    /// [`SlideError`] if the file can't be opened or there is no such level.
+    pub(super) fn open(
+        slide: &Slide,
+        pyramid: &Arc<Pyramid>,
+        level: Level,
+        planned: impl Iterator<Item = LevelRect>,
+    ) -> Result<Self, SlideError> {
+        let path = slide.path.clone();
+        let file = File::open(&path).map_err(|source| SlideError::Io { path: path.clone(), source })?;
+        let info = slide.level_info(level)?;
+        let absurd = SlideError::AbsurdLevel { path: path.clone(), level, width: info.width, height: info.height };
+        let tiled = pyramid.levels.get(level.0 as usize).ok_or(absurd)?;
+        let decoder = TileDecoder::new(tiled)
+            .map_err(|error| SlideError::NotNative { path: path.clone(), reason: error.to_string() })?;
+        let mut expected = vec![0u16; tiled.tile_byte_counts.len()];
+        for (tile, _) in planned.flat_map(|rect| overlaps(tiled, rect)) {
+            if let Some(uses) = expected.get_mut(tile as usize) {
+                *uses = uses.saturating_add(1);
+            }
+        }
+        let (pyramid, background) = (Arc::clone(pyramid), slide.background);
+        Ok(Self { path, file, pyramid, level, info, decoder, background, cache: TileCache::new(CACHE_BYTES, expected) })
+    }
+
+    /// Access for one more thread.
+    pub(super) fn source(self: &Arc<Self>) -> NativeSource {
+        NativeSource { level: Arc::clone(self), data: Vec::new(), scratch: DecodeScratch::default() }
+    }
+
+    fn tiled(&self) -> &TiledLevel {
+        &self.pyramid.levels[self.level.0 as usize]
+    }
+}
+
+impl LevelSource for NativeSource {
+    fn read(&mut self, rect: LevelRect, rgb: &mut Vec<u8>) -> Result<Shift, SlideError> {
+        let Self { level, data, scratch } = self;
+        let tiled = level.tiled();
+        let row_bytes = rect.width as usize * 3;
+        rgb.resize(row_bytes * rect.height as usize, 0);
+        let inside = rect.clipped((tiled.width, tiled.height));
+        if inside.is_none_or(|part| (part.width, part.height) != (rect.width, rect.height)) {
+            fill(rgb, level.background);
+        }
+        let mut failure = None;
+        for (tile, part) in overlaps(tiled, rect) {
+            if failure.is_some() {
+                level.cache.forgo(tile);
+                continue;
+            }
+            let out = &mut rgb[part.out_y * row_bytes..];
+            match level.tile(tile, data, scratch) {
+                Ok(Some(pixels)) => {
+                    part.copy(&pixels, tiled.tile_width as usize * 3, out, row_bytes);
+                    level.cache.give_back(pixels);
+                }
+                Ok(None) => {
+                    for row in out.chunks_exact_mut(row_bytes).take(part.height) {
+                        fill(&mut row[part.out_x * 3..][..part.width * 3], level.background);
+                    }
+                }
+                Err(source) => {
+                    level.cache.forgo(tile);
+                    failure = Some(DecodeError::Native { tile, source });
+                }
+            }
+        }
+        match failure {
+            None => Ok(Shift::default()),
+            Some(source) => {
+                let region = rect.level0(&level.info);
+                Err(SlideError::Read { path: level.path.clone(), level: level.level, region, source })
+            }
+        }
+    }
+}
+
+impl NativeLevel {
+    /// The pixels of a whole tile, `[tile_height, tile_width, 3]`; `None` if the file doesn't have the tile.
+    fn tile(
+        &self,
+        tile: u32,
+        data: &mut Vec<u8>,
+        scratch: &mut DecodeScratch,
+    ) -> Result<Option<Arc<Vec<u8>>>, TileError> {
+        let Some((offset, bytes)) = self.tiled().tile_data(tile) else { return Ok(None) };
+        let pixels = self.cache.get(tile, self.decoder.rgb_bytes(), |rgb| {
+            data.resize(bytes as usize, 0);
+            self.file.read_exact_at(data, offset)?;
+            self.decoder.decode(data, scratch, rgb)
+        });
+        pixels.map(Some)
+    }
+}
+
+impl Overlap {
+    fn copy(&self, tile: &[u8], tile_row_bytes: usize, out: &mut [u8], out_row_bytes: usize) {
+        let rows = tile.chunks_exact(tile_row_bytes).skip(self.tile_y).take(self.height);
+        for (from, to) in rows.zip(out.chunks_exact_mut(out_row_bytes)) {
+            to[self.out_x * 3..][..self.width * 3].copy_from_slice(&from[self.tile_x * 3..][..self.width * 3]);
+        }
+    }
+}
+
+/// The tiles that a rectangle touches, row by row, each with what the rectangle needs of it.
+fn overlaps(level: &TiledLevel, rect: LevelRect) -> impl Iterator<Item = (u32, Overlap)> + use<> {
+    let across = level.tiles_across();
+    let part = rect.clipped((level.width, level.height));
+    let columns = part.map(|part| spans(part.x, part.width, part.left, level.tile_width));
+    let rows = part.map(|part| spans(part.y, part.height, part.top, level.tile_height));
+    rows.into_iter().flatten().flat_map(move |row| {
+        columns.clone().into_iter().flatten().map(move |column| {
+            let overlap = Overlap {
+                tile_x: column.tile_start,
+                tile_y: row.tile_start,
+                out_x: column.out_start,
+                out_y: row.out_start,
+                width: column.len,
+                height: row.len,
+            };
+            (row.tile * across + column.tile, overlap)
+        })
+    })
+}
+
+/// One axis of an [`Overlap`].
+struct Span {
+    tile: u32,
+    tile_start: usize,
+    out_start: usize,
+    len: usize,
+}
+
+/// The tiles along one axis that `start..start+len` touches, a range within the level that begins `out_start` pixels
+/// after the read does.
+fn spans(start: u32, len: u32, out_start: usize, tile: u32) -> impl Iterator<Item = Span> + Clone {
+    let end = start.saturating_add(len);
+    (start / tile..end.div_ceil(tile)).map(move |index| {
+        let tile_left = index * tile;
+        let from = start.max(tile_left);
+        let to = end.min(tile_left.saturating_add(tile));
+        let out_start = out_start + (from - start) as usize;
+        Span { tile: index, tile_start: (from - tile_left) as usize, out_start, len: (to - from) as usize }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::tiff_builder::{TiffBuilder, rgb_image};
+    use super::*;
+    use crate::slide::source;
+
+    const WIDTH: i64 = 100;
+    const HEIGHT: i64 = 60;
+
+    fn pixel(x: i64, y: i64) -> [u8; 3] {
+        [x, y, x * y].map(|value| value.to_le_bytes()[0])
+    }
+
+    fn is_absent(x: i64, y: i64) -> bool {
+        (32..48).contains(&x) && (16..32).contains(&y)
+    }
+
+    /// 100 × 60 px in uncompressed tiles of 16 px, of which the one at (2, 1) is absent.
+    fn slide(folder: &TempDir) -> Slide {
+        let mut tiff = TiffBuilder::new(false, false);
+        let mut tiles = Vec::new();
+        for (row, column) in (0..4).flat_map(|row| (0..7).map(move |column| (row, column))) {
+            let rgb = (0..256).flat_map(|at| pixel(column * 16 + at % 16, row * 16 + at / 16));
+            let bytes: Vec<u8> = rgb.collect();
+            let is_absent = is_absent(column * 16, row * 16);
+            tiles.push(if is_absent { (0, 0) } else { (tiff.data(&bytes), 768) });
+        }
+        let entries = rgb_image((100, 60), 16, (1, 1), &tiles);
+        tiff.directory(&entries);
+        let path = folder.path().join("slide.tif");
+        std::fs::write(&path, tiff.finish()).unwrap();
+        let slide = Slide::of_pyramid(&path, pyramid_of(&path).unwrap()).unwrap();
+        Slide { background: [0, 0, 200], ..slide }
+    }
+
+    fn expected(rect: LevelRect) -> Vec<u8> {
+        let (width, height) = (i64::from(rect.width), i64::from(rect.height));
+        (0..width * height)
+            .flat_map(|at| {
+                let (x, y) = (rect.x.saturating_add(at % width), rect.y.saturating_add(at / width));
+                let is_inside = (0..WIDTH).contains(&x) && (0..HEIGHT).contains(&y) && !is_absent(x, y);
+                if is_inside { pixel(x, y) } else { [0, 0, 200] }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn any_rectangle_has_its_pixels_and_the_background_elsewhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let slide = slide(&folder);
+        let mut source = source::open(&slide, Level(0), std::iter::empty(), 1).unwrap().remove(0);
+        let mut rgb = vec![1; 7];
+        for (x, y, width, height) in [
+            (0, 0, 100, 60),
+            (0, 0, 16, 16),
+            (-5, -7, 30, 20),
+            (90, 50, 30, 30),
+            (17, 13, 40, 33),
+            (99, 59, 1, 1),
+            (100, 0, 5, 5),
+            (-50, -50, 20, 20),
+            (i64::MAX, i64::MIN, 3, 3),
+            (i64::MIN, i64::MAX, 3, 3),
+            (3, 3, 0, 9),
+            (40, 20, 4, 4),
+        ] {
+            let rect = LevelRect { x, y, width, height };
+            assert_eq!(source.read(rect, &mut rgb).unwrap(), Shift::default());
+            assert_eq!(rgb, expected(rect), "{rect:?}");
+        }
+    }
+
+    #[test]
+    fn planned_reads_by_threads_decode_each_tile_once_and_keep_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let slide = slide(&folder);
+        let rects: Vec<LevelRect> = (0..60)
+            .map(|index| LevelRect { x: index % 10 * 11 - 3, y: index / 10 * 11 - 3, width: 13, height: 13 })
+            .collect();
+        let pyramid = slide.native.clone().unwrap();
+        let level = Arc::new(NativeLevel::open(&slide, &pyramid, Level(0), rects.iter().copied()).unwrap());
+        std::thread::scope(|scope| {
+            for part in rects.chunks(15) {
+                let mut source = level.source();
+                scope.spawn(move || {
+                    let mut rgb = Vec::new();
+                    for rect in part {
+                        source.read(*rect, &mut rgb).unwrap();
+                        assert_eq!(rgb, expected(*rect));
+                    }
+                });
+            }
+        });
+        assert_eq!(level.cache.stats(), (27, 0));
+    }
+
+    #[test]
+    fn a_file_that_shrinks_is_an_error_that_leaves_nothing_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let slide = slide(&folder);
+        let rects = [0, 16, 75].map(|x| LevelRect { x, y: 0, width: 20, height: 20 });
+        let pyramid = slide.native.clone().unwrap();
+        let level = Arc::new(NativeLevel::open(&slide, &pyramid, Level(0), rects.iter().copied()).unwrap());
+        let mut source = level.source();
+        std::fs::OpenOptions::new().write(true).open(&slide.path).unwrap().set_len(2000).unwrap();
+        let mut rgb = Vec::new();
+        for rect in rects {
+            let error = source.read(rect, &mut rgb).unwrap_err();
+            assert!(matches!(error, SlideError::Read { level: Level(0), .. }) && error.hint().is_some(), "{error}");
+        }
+        assert_eq!(level.cache.stats().1, 0);
+        source.read(LevelRect { x: 0, y: 0, width: 16, height: 16 }, &mut rgb).unwrap();
+    }
+}
