@@ -1,7 +1,9 @@
 //! The whole slide as one small picture, in bounded memory.
 
 use fast_image_resize::{ResizeError, Resizer};
+use image::imageops::replace;
 use image::{Rgb, RgbImage};
+use rayon::prelude::*;
 
 use super::resample::{Crop, resample};
 use super::source::{self, LevelRect, LevelSource, fill};
@@ -12,7 +14,7 @@ use crate::geometry::{Level, Level0Rect};
 const CHUNK: (u32, u32) = (4096, 256);
 /// Side below which an unreadable part is not cut any further.
 const SMALLEST_PART: u32 = 512;
-/// Unreadable parts after which the slide is given up.
+/// Unreadable parts, of those that one thread reads, after which the slide is given up.
 const MAX_UNREADABLE: usize = 64;
 /// Block averaged at most; beyond it the rest is left to the filter.
 const MAX_BLOCK: u32 = 1024;
@@ -51,10 +53,24 @@ impl Slide {
         let block = ((info.width / width).min(MAX_BLOCK), (info.height / height).min(MAX_BLOCK));
         let parts = parts((info.width, info.height), block);
         let planned = parts.iter().map(|part| part.rect());
-        let source = source::open(self, level, planned, 1)?.remove(0);
-        let mut walk = Walk { background: self.background, source, unreadable: Vec::new() };
-        let means = walk.block_means(&info, &parts, block)?;
-        let unreadable = walk.unreadable;
+        let threads = rayon::current_num_threads().min(parts.len()).max(1);
+        let sources = source::open(self, level, planned, threads)?;
+        let walks = sources.into_par_iter().zip(parts.par_chunks(parts.len().div_ceil(threads).max(1)));
+        let walked: Vec<Walk> = walks
+            .map(|(source, parts)| {
+                let mut walk = Walk { background: self.background, source, means: Vec::new(), unreadable: Vec::new() };
+                walk.over(parts, block)?;
+                Ok(walk)
+            })
+            .collect::<Result<_, SlideError>>()?;
+        let mut means = RgbImage::new(info.width.div_ceil(block.0), info.height.div_ceil(block.1));
+        let mut unreadable = Vec::new();
+        for walk in walked {
+            for (part, part_means) in &walk.means {
+                replace(&mut means, part_means, (part.x / block.0).into(), (part.y / block.1).into());
+            }
+            unreadable.extend(walk.unreadable);
+        }
         // The last block of a row may be cut off by the slide's edge.
         let covered = (f64::from(info.width) / f64::from(block.0), f64::from(info.height) / f64::from(block.1));
         let image = shrink_to(means, covered, (width, height)).map_err(|source| SlideError::Resample {
@@ -67,10 +83,12 @@ impl Slide {
     }
 }
 
-/// A level being read part by part.
+/// Parts of a level being read one by one.
 struct Walk {
     background: [u8; 3],
     source: Box<dyn LevelSource>,
+    /// The parts with their blocks averaged; blocks at the edges may be smaller.
+    means: Vec<(Part, RgbImage)>,
     unreadable: Vec<Level0Rect>,
 }
 
@@ -94,15 +112,14 @@ fn parts((width, height): (u32, u32), (block_x, block_y): (u32, u32)) -> Vec<Par
 }
 
 impl Walk {
-    /// The level with every block of `block_x` by `block_y` pixels averaged; blocks at the edges may be smaller.
-    fn block_means(&mut self, info: &LevelInfo, parts: &[Part], block: (u32, u32)) -> Result<RgbImage, SlideError> {
-        let mut means = RgbImage::new(info.width.div_ceil(block.0), info.height.div_ceil(block.1));
+    /// Averages the blocks of some parts.
+    fn over(&mut self, parts: &[Part], block: (u32, u32)) -> Result<(), SlideError> {
         let mut rgb = Vec::new();
         for part in parts {
             self.read(*part, &mut rgb)?;
-            average(&rgb, *part, block, &mut means);
+            self.means.push((*part, average(&rgb, *part, block)));
         }
-        Ok(means)
+        Ok(())
     }
 
     /// Reads `part` into `rgb`, whose content is replaced; what is damaged is narrowed down, filled and listed.
@@ -149,12 +166,13 @@ impl Part {
     }
 }
 
-/// Averages the blocks of a part, which starts on a block, into their pixels of `means`.
-fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut RgbImage) {
+/// Averages the blocks of a part, which starts on a block.
+fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32)) -> RgbImage {
+    let mut means = RgbImage::new(part.width.div_ceil(block_x), part.height.div_ceil(block_y));
     let cols = part.width.div_ceil(block_x) as usize;
     let mut sums = vec![[0u32; 3]; cols];
     let rows: Vec<&[u8]> = rgb.chunks_exact(part.width as usize * 3).collect();
-    for (block_row, rows) in (part.y / block_y..).zip(rows.chunks(block_y as usize)) {
+    for (block_row, rows) in (0..).zip(rows.chunks(block_y as usize)) {
         sums.fill([0; 3]);
         for row in rows {
             for (sum, block) in sums.iter_mut().zip(row.chunks(block_x as usize * 3)) {
@@ -169,9 +187,10 @@ fn average(rgb: &[u8], part: Part, (block_x, block_y): (u32, u32), means: &mut R
             let block_width = block_x.min(part.width - index * block_x);
             let count = block_width * u32::try_from(rows.len()).unwrap_or(u32::MAX);
             let [red, green, blue] = sum.map(|sum| u8::try_from((sum + count / 2) / count).unwrap_or(u8::MAX));
-            means.put_pixel(part.x / block_x + index, block_row, Rgb([red, green, blue]));
+            means.put_pixel(index, block_row, Rgb([red, green, blue]));
         }
     }
+    means
 }
 
 /// Filters the last bit of the way, a factor between 1 and 2.

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 /// Cells in a word.
 const WORD: usize = 64;
 
@@ -31,15 +33,15 @@ impl Binary {
     }
 
     /// The cells of which `claim` holds.
-    pub(super) fn from_fn(width: u32, height: u32, mut claim: impl FnMut(u32, u32) -> bool) -> Self {
+    pub(super) fn from_fn(width: u32, height: u32, claim: impl Fn(u32, u32) -> bool + Sync) -> Self {
         let mut picture = Self::new(width, height);
         let words = picture.row_words();
-        for (y, row) in (0..height).zip(picture.bits.chunks_exact_mut(words)) {
+        (0..height).into_par_iter().zip(picture.bits.par_chunks_exact_mut(words)).for_each(|(y, row)| {
             for (x, word) in (0..width).step_by(WORD).zip(row) {
                 let end = width.min(x + 64);
                 *word = (x..end).rev().fold(0, |bits, x| bits << 1 | u64::from(claim(x, y)));
             }
-        }
+        });
         picture
     }
 

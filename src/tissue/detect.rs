@@ -6,9 +6,10 @@
 //! lower threshold holds for whatever touches clear tissue, and gaps as wide as a fat cell are closed. Ink and the
 //! scanner's frame are taken away before, by colours that haematoxylin and eosin don't have.
 
-use image::{GrayImage, Luma, RgbImage};
+use image::{GrayImage, RgbImage};
 use imageproc::contrast::otsu_level;
 use imageproc::filter::gaussian_blur_f32;
+use rayon::prelude::*;
 
 use super::binary::{Binary, Connectivity, Pieces};
 use super::{Cell, TissueError, TissueMask};
@@ -107,7 +108,10 @@ fn classify(image: &RgbImage, cell_um: (f64, f64), options: &TissueOptions) -> V
         () if tissue.get(x, y) => Cell::Tissue,
         () => Cell::Background,
     };
-    (0..image.height()).flat_map(|y| (0..image.width()).map(move |x| (x, y))).map(|(x, y)| cell(x, y)).collect()
+    let mut cells = vec![Cell::Background; image.width() as usize * image.height() as usize];
+    let rows = cells.par_chunks_mut(image.width().max(1) as usize).zip(0..image.height());
+    rows.for_each(|(row, y)| row.iter_mut().zip(0..).for_each(|(out, x)| *out = cell(x, y)));
+    cells
 }
 
 /// The black frame: what is black and hangs together with the picture's edge.
@@ -155,11 +159,11 @@ fn chroma_on_white(image: &RgbImage, removed: &Binary) -> GrayImage {
     let [red_of, green_of, blue_of] =
         glass.map(|glass| (0..=u8::MAX).map(|value| balanced(value, glass)).collect::<Vec<u8>>());
     let mut chroma = GrayImage::new(image.width(), image.height());
-    for (pixel, out) in image.pixels().zip(chroma.pixels_mut()) {
-        let [red, green, blue] = pixel.0.map(usize::from);
+    image.as_raw().par_chunks_exact(3).zip(chroma.par_iter_mut()).for_each(|(pixel, out)| {
+        let [red, green, blue] = [0, 1, 2].map(|channel| usize::from(pixel[channel]));
         let (red, green, blue) = (red_of[red], green_of[green], blue_of[blue]);
-        *out = Luma([red.max(green).max(blue) - red.min(green).min(blue)]);
-    }
+        *out = red.max(green).max(blue) - red.min(green).min(blue);
+    });
     gaussian_blur_f32(&chroma, 0.8)
 }
 
