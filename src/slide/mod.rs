@@ -397,6 +397,8 @@ fn compression(path: &Path, properties: &BTreeMap<String, String>) -> Option<Str
 
 #[cfg(test)]
 mod tests {
+    use super::native::tiff_builder::{TiffBuilder, Values, rgb_image, with};
+    use super::synthetic::{SvsOptions, SyntheticSlide};
     use super::*;
 
     fn slide_with(properties: &[(&str, &str)]) -> Slide {
@@ -448,6 +450,53 @@ mod tests {
         assert!(missing.hint().unwrap().contains("about 0.50"));
         let text = slide_with(&[("aperio.MPP", "unknown")]).pixel_size(None).unwrap_err();
         assert!(text.to_string().contains("aperio.MPP is \"unknown\""), "{text}");
+    }
+
+    #[test]
+    fn the_native_reader_is_taken_where_it_agrees_and_refused_where_it_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.svs");
+        SyntheticSlide::new(900, 600, 1).write(&path, &SvsOptions::default()).unwrap();
+        let auto = Slide::open(&path, None).unwrap();
+        assert_eq!(auto.reader, Reader::Native);
+        assert!(auto.reader_reason.contains("differ from OpenSlide's by at most"), "{}", auto.reader_reason);
+        let asked = Slide::open(&path, Some(Reader::OpenSlide)).unwrap();
+        assert_eq!((asked.reader, asked.native.is_none()), (Reader::OpenSlide, true));
+        assert_eq!(detect(&path).as_deref(), Some("aperio"));
+        // No TIFF at all: OpenSlide's own message, whoever was to read it, unless that is us.
+        let text = folder.path().join("notes.txt");
+        std::fs::write(&text, "no slide").unwrap();
+        assert!(matches!(Slide::open(&text, None), Err(SlideError::NotASlide { .. })));
+        let error = Slide::open(&text, Some(Reader::Native)).unwrap_err();
+        assert!(matches!(error, SlideError::NotNative { .. }) && error.hint().is_some(), "{error}");
+        assert_eq!(detect(&text), None);
+    }
+
+    #[test]
+    fn a_slide_that_only_we_know_has_its_metadata_and_pixels() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.ome.tif");
+        let xml = "<OME><Image><Pixels PhysicalSizeX=\"0.25\" PhysicalSizeY=\"0.25\"/></Image></OME>";
+        let mut tiff = TiffBuilder::new(false, false);
+        let tile = tiff.data(&[[10, 20, 30]; 256].concat());
+        let child = rgb_image((32, 16), 16, (1, 1), &[(tile, 768); 2]);
+        let (child, _) = tiff.loose_directory(&child);
+        let base = rgb_image((64, 32), 16, (1, 1), &[(tile, 768); 8]);
+        let base = with(with(base, 270, Values::Text(xml)), 330, Values::Long(vec![child]));
+        tiff.directory(&base);
+        std::fs::write(&path, tiff.finish()).unwrap();
+        let slide = Slide::open(&path, None).unwrap();
+        assert_eq!((slide.vendor.as_str(), slide.reader), ("ome-tiff", Reader::Native));
+        assert_eq!(detect(&path).as_deref(), Some("ome-tiff"));
+        assert_eq!(
+            slide.levels.iter().map(|level| (level.width, level.height)).collect::<Vec<_>>(),
+            [(64, 32), (32, 16)]
+        );
+        assert_eq!(slide.pixel_size(None).unwrap(), PixelSize::square(Mpp::new(0.25).unwrap()));
+        let thumbnail = slide.thumbnail(32).unwrap();
+        assert_eq!(thumbnail.level, Level(1));
+        assert!(thumbnail.image.pixels().all(|pixel| pixel.0 == [10, 20, 30]));
+        assert!(slide.associated_images.is_empty() && slide.icc_profile().unwrap().is_none());
     }
 
     #[test]

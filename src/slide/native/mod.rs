@@ -16,7 +16,7 @@ mod jpeg;
 pub(super) mod pyramid;
 mod tags;
 #[cfg(test)]
-mod tiff_builder;
+pub(super) mod tiff_builder;
 
 use std::fs::File;
 use std::io::BufReader;
