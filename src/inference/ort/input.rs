@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use half::f16;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::value::{DynValueRef, PrimitiveTensorElementType, Tensor, TensorRef};
+use rayon::prelude::*;
 
 use crate::inference::card::ModelCard;
 use crate::inference::contract::{Contract, Layout};
@@ -14,18 +15,26 @@ use crate::onnx::ElementType;
 
 /// The input of the next batch, in the element type of the model.
 pub(super) enum Input {
-    F32(Buffer<f32>),
-    F16(Buffer<f16>),
-    U8(Buffer<u8>),
+    F32 {
+        /// What every byte becomes.
+        table: Box<Table<f32>>,
+        memory: Memory<f32>,
+    },
+    F16 {
+        table: Box<Table<f16>>,
+        memory: Memory<f16>,
+    },
+    /// Bytes as they are.
+    U8(Memory<u8>),
 }
 
 impl Input {
     pub(super) fn new(card: &ModelCard, contract: &Contract, page_locked: Option<Allocator>) -> Self {
         let table = pixels::normalisation(card);
         match contract.element {
-            ElementType::F16 => Self::F16(Buffer::new(pixels::to_f16(&table), page_locked)),
-            ElementType::U8 => Self::U8(Buffer::new(pixels::identity(), page_locked)),
-            _ => Self::F32(Buffer::new(table, page_locked)),
+            ElementType::F16 => Self::F16 { table: Box::new(pixels::to_f16(&table)), memory: Memory::new(page_locked) },
+            ElementType::U8 => Self::U8(Memory::new(page_locked)),
+            _ => Self::F32 { table: Box::new(table), memory: Memory::new(page_locked) },
         }
     }
 
@@ -38,18 +47,28 @@ impl Input {
         resizer: Option<&mut TileResizer>,
     ) -> Result<(), ort::Error> {
         match self {
-            Self::F32(buffer) => buffer.fill(tiles, batch, layout, resizer),
-            Self::F16(buffer) => buffer.fill(tiles, batch, layout, resizer),
-            Self::U8(buffer) => buffer.fill(tiles, batch, layout, resizer),
+            Self::F32 { table, memory } => {
+                fill(memory, tiles, batch, resizer, |rgb, into| pixels::write(rgb, table, layout, into))
+            }
+            Self::F16 { table, memory } => {
+                fill(memory, tiles, batch, resizer, |rgb, into| pixels::write(rgb, table, layout, into))
+            }
+            Self::U8(memory) if layout == Layout::Nhwc => {
+                fill(memory, tiles, batch, resizer, |rgb, into| into.copy_from_slice(rgb))
+            }
+            Self::U8(memory) => {
+                let table = pixels::identity();
+                fill(memory, tiles, batch, resizer, |rgb, into| pixels::write(rgb, &table, layout, into))
+            }
         }
     }
 
     /// The batch as a tensor of that shape, not copied.
     pub(super) fn view(&self, shape: [usize; 4]) -> Result<DynValueRef<'_>, ort::Error> {
         Ok(match self {
-            Self::F32(buffer) => TensorRef::from_array_view((shape, buffer.memory.values()))?.into_dyn(),
-            Self::F16(buffer) => TensorRef::from_array_view((shape, buffer.memory.values()))?.into_dyn(),
-            Self::U8(buffer) => TensorRef::from_array_view((shape, buffer.memory.values()))?.into_dyn(),
+            Self::F32 { memory, .. } => TensorRef::from_array_view((shape, memory.values()))?.into_dyn(),
+            Self::F16 { memory, .. } => TensorRef::from_array_view((shape, memory.values()))?.into_dyn(),
+            Self::U8(memory) => TensorRef::from_array_view((shape, memory.values()))?.into_dyn(),
         })
     }
 }
@@ -63,46 +82,43 @@ pub(super) fn page_locked(session: &ort::session::Session, device: Device) -> Op
     Allocator::new(session, memory).ok()
 }
 
-pub(super) struct Buffer<T: PrimitiveTensorElementType + Debug> {
-    /// What every byte becomes.
-    table: Box<Table<T>>,
-    memory: Memory<T>,
+/// Writes `tiles` by `write` as the first of `batch` images; see [`Input::fill`].
+fn fill<T: Element>(
+    memory: &mut Memory<T>,
+    tiles: &[&[u8]],
+    batch: usize,
+    resizer: Option<&mut TileResizer>,
+    write: impl Fn(&[u8], &mut [T]) + Sync,
+) -> Result<(), ort::Error> {
+    let tile_len = tiles.first().map_or(0, |tile| tile.len());
+    let image_len = resizer.as_ref().map_or(tile_len, |resizer| resizer.image_len());
+    let values = memory.reserve(image_len * batch)?;
+    let images = values.chunks_exact_mut(image_len.max(1));
+    match resizer {
+        Some(resizer) => {
+            for (image, tile) in images.zip(tiles) {
+                write(resizer.resize(tile).ok_or_else(|| ort::Error::new("a tile can't be resized"))?, image);
+            }
+        }
+        None if tiles.len() < super::SHARED_WORK => images.zip(tiles).for_each(|(image, tile)| write(tile, image)),
+        None => {
+            let images = values.par_chunks_exact_mut(image_len.max(1));
+            images.zip(tiles).for_each(|(image, tile)| write(tile, image));
+        }
+    }
+    // Not zeros: a model that quantises over the whole batch should meet nothing but tissue.
+    for filler in tiles.len()..batch {
+        values.copy_within((tiles.len() - 1) * image_len..tiles.len() * image_len, filler * image_len);
+    }
+    Ok(())
 }
 
-impl<T: PrimitiveTensorElementType + Copy + Default + Debug + 'static> Buffer<T> {
-    fn new(table: Table<T>, allocator: Option<Allocator>) -> Self {
-        Self { table: Box::new(table), memory: Memory { allocator, block: Block::Host(Vec::new()), len: 0 } }
-    }
-
-    fn fill(
-        &mut self,
-        tiles: &[&[u8]],
-        batch: usize,
-        layout: Layout,
-        mut resizer: Option<&mut TileResizer>,
-    ) -> Result<(), ort::Error> {
-        let image_len = match (&resizer, tiles.first()) {
-            (Some(resizer), _) => resizer.image_len(),
-            (None, tile) => tile.map_or(0, |tile| tile.len()),
-        };
-        let values = self.memory.reserve(image_len * batch)?;
-        for (image, &tile) in values.chunks_exact_mut(image_len.max(1)).zip(tiles) {
-            let rgb = match &mut resizer {
-                Some(resizer) => resizer.resize(tile).ok_or_else(|| ort::Error::new("a tile can't be resized"))?,
-                None => tile,
-            };
-            pixels::write(rgb, &self.table, layout, image);
-        }
-        // Not zeros: a model that quantises over the whole batch should meet nothing but tissue.
-        for filler in tiles.len()..batch {
-            values.copy_within((tiles.len() - 1) * image_len..tiles.len() * image_len, filler * image_len);
-        }
-        Ok(())
-    }
-}
+/// An element of an input.
+pub(super) trait Element: PrimitiveTensorElementType + Copy + Default + Debug + Send + 'static {}
+impl<T: PrimitiveTensorElementType + Copy + Default + Debug + Send + 'static> Element for T {}
 
 /// Memory that grows with the largest batch so far.
-struct Memory<T: PrimitiveTensorElementType + Debug> {
+pub(super) struct Memory<T: Element> {
     /// Page-locked where there is one.
     allocator: Option<Allocator>,
     block: Block<T>,
@@ -110,13 +126,17 @@ struct Memory<T: PrimitiveTensorElementType + Debug> {
     len: usize,
 }
 
-enum Block<T: PrimitiveTensorElementType + Debug> {
+enum Block<T: Element> {
     Host(Vec<T>),
     /// From an allocator: the tensor owns it, and how many elements it has.
     Allocated(Tensor<T>, usize),
 }
 
-impl<T: PrimitiveTensorElementType + Copy + Default + Debug + 'static> Memory<T> {
+impl<T: Element> Memory<T> {
+    fn new(allocator: Option<Allocator>) -> Self {
+        Self { allocator, block: Block::Host(Vec::new()), len: 0 }
+    }
+
     /// `len` elements to be written; what was there before may be lost.
     fn reserve(&mut self, len: usize) -> Result<&mut [T], ort::Error> {
         let capacity = match &self.block {
@@ -153,7 +173,7 @@ impl<T: PrimitiveTensorElementType + Copy + Default + Debug + 'static> Memory<T>
     }
 }
 
-impl<T: PrimitiveTensorElementType + Copy + Default + Debug + 'static> Block<T> {
+impl<T: Element> Block<T> {
     fn allocate(allocator: &Allocator, len: usize) -> Result<Self, ort::Error> {
         let mut tensor = Tensor::<T>::new(allocator, [len])?;
         #[expect(unsafe_code, reason = "a tensor's memory begins uninitialised")]
@@ -176,12 +196,19 @@ mod tests {
     fn memory_of_an_allocator_is_used_like_the_hosts() {
         crate::native::onnx_runtime().unwrap();
         for allocator in [None, Some(Allocator::default())] {
-            let mut buffer = Buffer::new(pixels::identity(), allocator);
+            let mut input = Input::U8(Memory::new(allocator));
             let tiles: [&[u8]; 2] = [&[1, 2, 3], &[4, 5, 6]];
-            buffer.fill(&tiles, 3, Layout::Nhwc, None).unwrap();
-            assert_eq!(buffer.memory.values(), [1, 2, 3, 4, 5, 6, 4, 5, 6]);
-            buffer.fill(&tiles[1..], 1, Layout::Nchw, None).unwrap();
-            assert_eq!(buffer.memory.values(), [4, 5, 6]);
+            let values = |input: &Input| match input {
+                Input::U8(memory) => memory.values().to_vec(),
+                _ => Vec::new(),
+            };
+            input.fill(&tiles, 3, Layout::Nhwc, None).unwrap();
+            assert_eq!(values(&input), [1, 2, 3, 4, 5, 6, 4, 5, 6]);
+            input.fill(&tiles[1..], 1, Layout::Nchw, None).unwrap();
+            assert_eq!(values(&input), [4, 5, 6]);
+            let many: Vec<Vec<u8>> = (0..20).map(|tile| vec![tile; 3]).collect();
+            input.fill(&many.iter().map(Vec::as_slice).collect::<Vec<_>>(), 20, Layout::Nhwc, None).unwrap();
+            assert_eq!(values(&input), many.concat());
         }
     }
 }

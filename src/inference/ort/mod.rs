@@ -195,6 +195,10 @@ impl SessionFactory {
 /// that quantises per batch see one tile at a time.
 const CPU_BATCH: usize = 1;
 
+/// Tiles of a batch from which preparing and reading them is shared among the cores: a GPU waits for neither. Below it
+/// the hand-over costs more than it gains.
+const SHARED_WORK: usize = 8;
+
 /// The largest power of two up to `cap` whose tiles fit into half of the free memory: the arena may double when it
 /// grows.
 fn fit_batch(bytes_per_tile: u64, free_bytes: u64, cap: usize) -> usize {

@@ -3,6 +3,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ort::value::{DynValue, ValueType};
+use rayon::prelude::*;
 
 use crate::inference::activation;
 use crate::inference::card::{ModelCard, Pool, Task};
@@ -31,12 +32,23 @@ pub(super) fn append(
         debug_assert!(tokens > card.register_tokens);
         return Some([(scores.len() - start) / tiles, 1, 1]);
     }
-    scores.resize(start + tiles * row, 0.0);
-    raw.read(0, &mut scores[start..])?;
-    if card.task != Task::Features {
-        for tile in scores[start..].chunks_exact_mut(row) {
-            activation::apply(card.activation, tile, dims[0]);
+    if start == 0 {
+        // The system's zeros: large ones come untouched.
+        *scores = vec![0.0; tiles * row];
+    } else {
+        scores.resize(start + tiles * row, 0.0);
+    }
+    let read = |(tile, scores): (usize, &mut [f32])| {
+        raw.read(tile * row, scores)?;
+        if card.task != Task::Features {
+            activation::apply(card.activation, scores, dims[0]);
         }
+        Some(())
+    };
+    if tiles < super::SHARED_WORK {
+        scores[start..].chunks_exact_mut(row).enumerate().try_for_each(read)?;
+    } else {
+        scores[start..].par_chunks_exact_mut(row).enumerate().try_for_each(read)?;
     }
     Some(dims)
 }
