@@ -22,7 +22,7 @@ use tempfile::TempDir;
 /// Side of the models' tiles.
 pub(crate) const TILE: u32 = 128;
 /// A run that takes longer hangs.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 /// Between two looks at a condition.
 const POLL: Duration = Duration::from_millis(5);
 
