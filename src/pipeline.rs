@@ -66,15 +66,127 @@ pub trait Stage: Send {
 pub struct Outlet<'a, T> {
     sender: &'a Sender<T>,
     blocked: Duration,
+    /// The waits one by one, if they are traced.
+    waits: Option<Vec<(Instant, Duration)>>,
     open: bool,
 }
 
-impl<T> Outlet<'_, T> {
+impl<'a, T> Outlet<'a, T> {
+    fn new(sender: &'a Sender<T>, is_traced: bool) -> Self {
+        Self { sender, blocked: Duration::ZERO, waits: is_traced.then(Vec::new), open: true }
+    }
+
     /// Sends one item on. After the next stage has stopped, items are dropped: the run is failing already.
     pub fn send(&mut self, item: T) {
         let start = Instant::now();
         self.open &= self.sender.send(item).is_ok();
-        self.blocked += start.elapsed();
+        let waited = start.elapsed();
+        self.blocked += waited;
+        if let Some(waits) = &mut self.waits {
+            waits.push((start, waited));
+        }
+    }
+}
+
+/// Collects what every worker of a run did when; give it to [`run_traced`].
+#[derive(Debug)]
+pub struct Trace {
+    begin: Instant,
+    workers: Mutex<Vec<WorkerTrace>>,
+}
+
+/// What one worker did, in no particular order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerTrace {
+    /// The stage's name.
+    pub stage: &'static str,
+    /// Its place in the line.
+    pub stage_index: usize,
+    /// What it did; [`Activity::Blocked`] lies within [`Activity::Busy`].
+    pub spans: Vec<Span>,
+}
+
+/// A stretch of a worker's time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// What it was spent on.
+    pub activity: Activity,
+    /// When it began, from the trace's begin.
+    pub start: Duration,
+    /// How long it took.
+    pub length: Duration,
+}
+
+/// What a worker spends its time on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// Work on an item, waits downstream included.
+    Busy,
+    /// Waiting for input.
+    Starved,
+    /// Waiting for room downstream.
+    Blocked,
+}
+
+impl Default for Trace {
+    fn default() -> Self {
+        Self { begin: Instant::now(), workers: Mutex::default() }
+    }
+}
+
+impl Trace {
+    /// The workers in the order of their stages.
+    #[must_use]
+    pub fn into_workers(self) -> Vec<WorkerTrace> {
+        let mut workers = self.workers.into_inner().unwrap_or_else(PoisonError::into_inner);
+        workers.sort_by_key(|worker| worker.stage_index);
+        workers
+    }
+
+    fn span(&self, activity: Activity, start: Instant, length: Duration) -> Span {
+        Span { activity, start: start.saturating_duration_since(self.begin), length }
+    }
+
+    fn add(&self, worker: WorkerTrace) {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
+    }
+}
+
+/// Measures one worker.
+struct Clock<'a> {
+    stats: StageStats,
+    trace: Option<&'a Trace>,
+    spans: Vec<Span>,
+}
+
+impl<'a> Clock<'a> {
+    fn new(name: &'static str, trace: Option<&'a Trace>) -> Self {
+        Self { stats: StageStats::new(name, 1), trace, spans: Vec::new() }
+    }
+
+    fn timed<R>(&mut self, activity: Activity, work: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = work();
+        let length = start.elapsed();
+        match activity {
+            Activity::Busy => self.stats.busy += length,
+            Activity::Starved => self.stats.starved += length,
+            Activity::Blocked => self.stats.blocked += length,
+        }
+        if let Some(trace) = self.trace {
+            self.spans.push(trace.span(activity, start, length));
+        }
+        result
+    }
+
+    /// Adds the waits inside [`Outlet::send`], which were measured as busy.
+    fn take_waits<T>(&mut self, outlet: Outlet<'_, T>) {
+        self.stats.blocked = outlet.blocked;
+        self.stats.busy = self.stats.busy.saturating_sub(outlet.blocked);
+        if let Some(trace) = self.trace {
+            let waits = outlet.waits.into_iter().flatten();
+            self.spans.extend(waits.map(|(start, length)| trace.span(Activity::Blocked, start, length)));
+        }
     }
 }
 
@@ -128,14 +240,15 @@ pub enum PipelineError<E> {
 }
 
 /// The state that all threads of a run share.
-struct Shared<E> {
+struct Shared<'env, E> {
+    trace: Option<&'env Trace>,
     cancel: Cancel,
     failed: AtomicBool,
     failure: Mutex<Option<PipelineError<E>>>,
     stats: Mutex<Vec<StageStats>>,
 }
 
-impl<E> Shared<E> {
+impl<E> Shared<'_, E> {
     fn is_stopping(&self) -> bool {
         self.failed.load(Ordering::Acquire) || self.cancel.is_cancelled()
     }
@@ -147,7 +260,11 @@ impl<E> Shared<E> {
         self.failed.store(true, Ordering::Release);
     }
 
-    fn add_stats(&self, index: usize, worker: &StageStats) {
+    fn add(&self, index: usize, clock: Clock<'_>) {
+        let worker = clock.stats;
+        if let Some(trace) = self.trace {
+            trace.add(WorkerTrace { stage: worker.name, stage_index: index, spans: clock.spans });
+        }
         let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(stage) = stats.get_mut(index) {
             stage.items += worker.items;
@@ -168,7 +285,7 @@ impl<E> Shared<E> {
 #[derive(Clone)]
 pub struct Line<'scope, 'env, E> {
     scope: &'scope Scope<'scope, 'env>,
-    shared: Arc<Shared<E>>,
+    shared: Arc<Shared<'env, E>>,
 }
 
 /// A line that is being built: what comes out of its last stage.
@@ -187,7 +304,20 @@ pub fn run<'env, E: Send + 'env>(
     cancel: &Cancel,
     build: impl for<'scope> FnOnce(Line<'scope, 'env, E>),
 ) -> Result<Vec<StageStats>, PipelineError<E>> {
+    run_traced(cancel, None, build)
+}
+
+/// [`run`], with every stretch of every worker's time kept in `trace`.
+///
+/// # Errors
+/// Those of [`run`].
+pub fn run_traced<'env, E: Send + 'env>(
+    cancel: &Cancel,
+    trace: Option<&'env Trace>,
+    build: impl for<'scope> FnOnce(Line<'scope, 'env, E>),
+) -> Result<Vec<StageStats>, PipelineError<E>> {
     let shared = Arc::new(Shared {
+        trace,
         cancel: cancel.clone(),
         failed: AtomicBool::new(false),
         failure: Mutex::new(None),
@@ -217,16 +347,16 @@ impl<'scope, 'env, E: Send + 'env> Line<'scope, 'env, E> {
         let shared = Arc::clone(&self.shared);
         let mut items = items;
         self.scope.spawn(move || {
-            guard(&shared, name, index, |stats| {
-                let mut outlet = Outlet { sender: &sender, blocked: Duration::ZERO, open: true };
-                while let Some(item) = timed(&mut stats.starved, || items.next()) {
+            guard(&shared, name, index, |clock| {
+                let mut outlet = Outlet::new(&sender, shared.trace.is_some());
+                while let Some(item) = clock.timed(Activity::Starved, || items.next()) {
                     if shared.is_stopping() || !outlet.open {
                         break;
                     }
-                    stats.items += 1;
+                    clock.stats.items += 1;
                     outlet.send(item);
                 }
-                stats.blocked = outlet.blocked;
+                clock.take_waits(outlet);
                 Ok(())
             });
         });
@@ -253,15 +383,13 @@ impl<'scope, 'env, T: Send + 'env, E: Send + 'env> Flow<'scope, 'env, T, E> {
             let (input, sender) = (self.receiver.clone(), sender.clone());
             let shared = Arc::clone(&self.line.shared);
             self.line.scope.spawn(move || {
-                guard(&shared, name, index, |stats| {
-                    let mut outlet = Outlet { sender: &sender, blocked: Duration::ZERO, open: true };
-                    let ended = work_through(&shared, stats, &input, |item| stage.process(item, &mut outlet))?;
+                guard(&shared, name, index, |clock| {
+                    let mut outlet = Outlet::new(&sender, shared.trace.is_some());
+                    let ended = work_through(&shared, clock, &input, |item| stage.process(item, &mut outlet))?;
                     if let Ended::InputDone = ended {
-                        timed(&mut stats.busy, || stage.finish(&mut outlet))?;
+                        clock.timed(Activity::Busy, || stage.finish(&mut outlet))?;
                     }
-                    // What was measured as busy includes the waits inside `Outlet::send`.
-                    stats.blocked = outlet.blocked;
-                    stats.busy = stats.busy.saturating_sub(outlet.blocked);
+                    clock.take_waits(outlet);
                     Ok(())
                 });
             });
@@ -278,8 +406,8 @@ impl<'scope, 'env, T: Send + 'env, E: Send + 'env> Flow<'scope, 'env, T, E> {
     ) {
         let Flow { line, receiver } = self;
         let index = line.shared.register(name, 1);
-        guard(&line.shared, name, index, |stats| match work_through(&line.shared, stats, &receiver, &mut place)? {
-            Ended::InputDone => timed(&mut stats.busy, finish),
+        guard(&line.shared, name, index, |clock| match work_through(&line.shared, clock, &receiver, &mut place)? {
+            Ended::InputDone => clock.timed(Activity::Busy, finish),
             Ended::Stopped => Ok(()),
         });
     }
@@ -292,20 +420,20 @@ enum Ended {
 }
 
 fn work_through<T, E>(
-    shared: &Shared<E>,
-    stats: &mut StageStats,
+    shared: &Shared<'_, E>,
+    clock: &mut Clock<'_>,
     input: &Receiver<T>,
     mut process: impl FnMut(T) -> Result<(), E>,
 ) -> Result<Ended, E> {
     loop {
-        let received = timed(&mut stats.starved, || input.recv());
+        let received = clock.timed(Activity::Starved, || input.recv());
         // Asked after the wait: a failure upstream closes the queue, and that must not read as the end of the input.
         if shared.is_stopping() {
             return Ok(Ended::Stopped);
         }
         let Ok(item) = received else { return Ok(Ended::InputDone) };
-        stats.items += 1;
-        timed(&mut stats.busy, || process(item))?;
+        clock.stats.items += 1;
+        clock.timed(Activity::Busy, || process(item))?;
     }
 }
 
@@ -313,26 +441,24 @@ fn work_through<T, E>(
 ///
 /// `work` only borrows the worker's ends of the queues: they close after the failure is on record, so that no stage
 /// downstream can take the closed queue for the end of the input.
-fn guard<E>(shared: &Shared<E>, name: &'static str, index: usize, work: impl FnOnce(&mut StageStats) -> Result<(), E>) {
-    let mut stats = StageStats::new(name, 1);
-    match catch_unwind(AssertUnwindSafe(|| work(&mut stats))) {
+fn guard<E>(
+    shared: &Shared<'_, E>,
+    name: &'static str,
+    index: usize,
+    work: impl FnOnce(&mut Clock<'_>) -> Result<(), E>,
+) {
+    let mut clock = Clock::new(name, shared.trace);
+    match catch_unwind(AssertUnwindSafe(|| work(&mut clock))) {
         Ok(Ok(())) => {}
         Ok(Err(source)) => shared.fail(PipelineError::Stage { stage: name, source }),
         Err(panic) => shared.fail(PipelineError::Panicked { stage: name, message: message_of(panic.as_ref()) }),
     }
-    shared.add_stats(index, &stats);
+    shared.add(index, clock);
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
-}
-
-fn timed<R>(total: &mut Duration, work: impl FnOnce() -> R) -> R {
-    let start = Instant::now();
-    let result = work();
-    *total += start.elapsed();
-    result
 }
 
 #[cfg(test)]
@@ -409,6 +535,33 @@ mod tests {
             stats.iter().map(|stage| (stage.name, stage.workers, stage.items)).collect::<Vec<_>>(),
             [("numbers", 1, 1000), ("first", 3, 1000), ("second", 1, 1000), ("sum", 1, 1000)]
         );
+    }
+
+    #[test]
+    fn a_trace_holds_every_stretch_of_every_worker() {
+        let (trace, finished) = (Trace::default(), AtomicUsize::new(0));
+        let (pass, traced) = (|| Pass { fail_at: None, panic_at: None, finished: &finished }, &trace);
+        let stats: Vec<StageStats> = run_traced(&Cancel::default(), Some(traced), |line| {
+            line.source("numbers", TWO, 0..100).through("pass", TWO, vec![pass(), pass()]).fold(
+                "sum",
+                |_| Ok(()),
+                || Ok(()),
+            );
+        })
+        .unwrap();
+        let workers = trace.into_workers();
+        assert_eq!(workers.iter().map(|worker| worker.stage).collect::<Vec<_>>(), ["numbers", "pass", "pass", "sum"]);
+        let spans = |stage, activity| {
+            let of = workers.iter().filter(move |worker| worker.stage == stage);
+            of.flat_map(|worker| &worker.spans).filter(move |span| span.activity == activity)
+        };
+        // An item each, and the finish of each worker.
+        assert_eq!(spans("pass", Activity::Busy).count(), 102);
+        assert_eq!(spans("pass", Activity::Blocked).count(), 100);
+        let total = |stage, activity| spans(stage, activity).map(|span| span.length).sum::<Duration>();
+        let pass = &stats[1];
+        assert_eq!(total("pass", Activity::Starved), pass.starved);
+        assert_eq!(total("pass", Activity::Busy) - total("pass", Activity::Blocked), pass.busy);
     }
 
     #[test]

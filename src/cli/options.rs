@@ -234,6 +234,9 @@ pub(crate) struct RunOptions {
     /// Stop at the first slide that fails
     #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Results")]
     fail_fast: Option<bool>,
+    /// Write what every worker did when to OUT/traces/ID.json, for Perfetto or chrome://tracing
+    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Results")]
+    profile: Option<bool>,
     /// Redo slides that are done
     #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Results")]
     force: Option<bool>,
@@ -413,7 +416,8 @@ impl RunOptions {
 
     /// How the cohort is run.
     pub(super) fn cohort(&self) -> CohortOptions {
-        CohortOptions { force: self.force.unwrap_or(false), fail_fast: self.fail_fast.unwrap_or(false) }
+        let is_set = |flag: Option<bool>| flag.unwrap_or(false);
+        CohortOptions { force: is_set(self.force), fail_fast: is_set(self.fail_fast), profile: is_set(self.profile) }
     }
 }
 

@@ -11,7 +11,7 @@ use slidestream::engine::inputs::{self, SlideInput};
 use slidestream::engine::{EngineError, plan};
 use slidestream::inference::{ModelCard, StopHandle};
 use slidestream::pipeline::Cancel;
-use slidestream::report::{RunRecord, SlideRecord, Status};
+use slidestream::report::{RunRecord, SlideRecord, StageRecord, Status};
 use slidestream::slide::Slide;
 
 use super::options::RunOptions;
@@ -191,10 +191,8 @@ fn summarise_slide(status: Status, record: &SlideRecord) -> String {
     }
     if let Some(timing) = &record.timing {
         rows.push(("time", format!("{:.1} s, {:.1} tiles/s", timing.seconds, timing.tiles_per_sec)));
-        let stages: Vec<String> =
-            timing.stages.iter().skip(1).map(|stage| format!("{} {:.1} s", stage.name, stage.busy_secs)).collect();
-        rows.push(("busy", stages.join(", ")));
         rows.push(("bottleneck", timing.bottleneck.clone()));
+        rows.push(("relief", timing.relief.clone()));
     }
     let shares: BTreeMap<_, _> = record.class_shares.iter().collect();
     if !shares.is_empty() {
@@ -202,5 +200,23 @@ fn summarise_slide(status: Status, record: &SlideRecord) -> String {
             shares.iter().map(|(name, share)| format!("{name} {:.1} %", 100.0 * **share)).collect();
         rows.push(("classes", shares.join(", ")));
     }
-    super::columns(rows)
+    let stages = record.timing.as_ref().map(|timing| stage_table(&timing.stages)).unwrap_or_default();
+    format!("{}{stages}", super::columns(rows))
+}
+
+/// What each stage did with its workers' time.
+fn stage_table(stages: &[StageRecord]) -> String {
+    let seconds = |seconds: f64| format!("{seconds:.2}");
+    let row = |stage: &StageRecord| {
+        vec![
+            stage.name.clone(),
+            stage.workers.to_string(),
+            seconds(stage.busy_secs),
+            seconds(stage.starved_secs),
+            seconds(stage.blocked_secs),
+            stage.utilisation().map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)),
+        ]
+    };
+    let heads = ["stage", "workers", "busy s", "starved s", "blocked s", "busy"];
+    super::table(&heads, &stages.iter().skip(1).map(row).collect::<Vec<_>>())
 }

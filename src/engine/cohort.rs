@@ -5,18 +5,19 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use sha2::{Digest, Sha256};
 
 use super::config::{InputDigests, RunConfig, TilingConfig, TissueSource};
 use super::inputs::SlideInput;
 use super::plan::{self, SlidePlan};
-use super::{Engine, EngineError, SlideRun, bottleneck};
+use super::{Conduct, Engine, EngineError, SlideRun};
 use crate::output;
-use crate::pipeline::Cancel;
+use crate::pipeline::{Activity, Cancel, Span, WorkerTrace};
 use crate::report::{
-    self, CoverageRecord, ReadingRecord, RunRecord, SLIDE_SCHEMA, SlideIdentity, SlideRecord, Status, TimingRecord,
+    self, CoverageRecord, ExecutionRecord, ReadingRecord, RunRecord, SLIDE_SCHEMA, SlideIdentity, SlideRecord, Status,
+    TimingRecord, TraceRow,
 };
 use crate::slide::Slide;
 
@@ -30,6 +31,8 @@ pub struct CohortOptions {
     pub force: bool,
     /// Stop at the first slide that fails.
     pub fail_fast: bool,
+    /// Write what every worker did when, into `traces/ID.json`.
+    pub profile: bool,
 }
 
 /// What happens, for whoever shows or logs it.
@@ -217,7 +220,7 @@ pub fn run(
     observe: &mut dyn FnMut(&Event<'_>),
 ) -> Result<CohortSummary, EngineError> {
     let mut summary = CohortSummary::default();
-    let mut cohort = Cohort { engine, folder, force: options.force, cancel, observe };
+    let mut cohort = Cohort { engine, folder, options, cancel, observe };
     for (index, input) in slides.iter().enumerate() {
         (cohort.observe)(&Event::SlideStarted { id: &input.id, index, count: slides.len() });
         let Some((status, record)) = cohort.slide(input)? else {
@@ -238,7 +241,7 @@ pub fn run(
 struct Cohort<'a> {
     engine: &'a mut Engine,
     folder: &'a OutputFolder,
-    force: bool,
+    options: CohortOptions,
     cancel: &'a Cancel,
     observe: &'a mut dyn FnMut(&Event<'_>),
 }
@@ -269,7 +272,7 @@ impl Cohort<'_> {
         if let Some(earlier) = self.folder.earlier(&input.id) {
             let changed = report::difference(&earlier, &with_status(&record, Status::Done));
             reason = changed.or_else(|| self.folder.missing_output(&earlier));
-            if reason.is_none() && !self.force {
+            if reason.is_none() && !self.options.force {
                 return Ok(Some((Status::Skipped, earlier)));
             }
             self.folder.forget(&input.id, &earlier)?;
@@ -315,7 +318,12 @@ impl Cohort<'_> {
         });
         let asked = self.engine.batch_size;
         let mut progress = |tiles| (self.observe)(&Event::Progress { tiles });
-        let run = self.engine.run_slide(&input.id, &plan, self.folder.path(), self.cancel, &mut progress)?;
+        let conduct = Conduct { cancel: self.cancel, is_traced: self.options.profile };
+        let run = self.engine.run_slide(&input.id, &plan, self.folder.path(), conduct, &mut progress)?;
+        if let Some(workers) = &run.trace {
+            let path = self.folder.path().join("traces").join(format!("{}.json", input.id));
+            output::write_atomic(&path, &report::trace_json(&input.id, &trace_rows(workers)))?;
+        }
         if run.batch_size != asked {
             record.notes.push(format!("memory sufficed for batches of {} tiles, not {asked}", run.batch_size));
         }
@@ -325,7 +333,7 @@ impl Cohort<'_> {
         if plan.positions.is_empty() {
             record.notes.push("no tile has enough tissue: nothing was inferred".to_owned());
         }
-        record.timing = Some(timing(&run));
+        record.timing = Some(timing(&run, &self.engine.execution()));
         if let Some(coverage) = &mut record.coverage {
             coverage.inferred = run.results.inferred;
             coverage.failed = run.results.failed;
@@ -367,15 +375,36 @@ fn reading(plan: &SlidePlan) -> ReadingRecord {
     }
 }
 
-fn timing(run: &SlideRun) -> TimingRecord {
+fn timing(run: &SlideRun, execution: &ExecutionRecord) -> TimingRecord {
+    let bottleneck = run.bottleneck(execution);
     let seconds = run.duration.as_secs_f64();
     TimingRecord {
         seconds,
         pipeline_seconds: seconds,
         tiles_per_sec: run.results.inferred as f64 / seconds.max(1e-9),
-        bottleneck: bottleneck(&run.stages, run.duration),
+        bottleneck: bottleneck.what,
+        relief: bottleneck.relief,
         stages: run.stages.iter().map(super::stage_record).collect(),
     }
+}
+
+/// The workers as rows of a trace: those of one stage are numbered.
+fn trace_rows(workers: &[WorkerTrace]) -> Vec<TraceRow> {
+    let micros = |time: Duration| time.as_secs_f64() * 1e6;
+    let number = |index: usize| 1 + workers[..index].iter().filter(|other| other.stage == workers[index].stage).count();
+    let span = |span: &Span| {
+        let name = match span.activity {
+            Activity::Busy => "busy",
+            Activity::Starved => "starved",
+            Activity::Blocked => "blocked",
+        };
+        (name, micros(span.start), micros(span.length))
+    };
+    let row = |(index, worker): (usize, &WorkerTrace)| TraceRow {
+        name: format!("{} {}", worker.stage, number(index)),
+        spans: worker.spans.iter().map(span).collect(),
+    };
+    workers.iter().enumerate().map(row).collect()
 }
 
 fn with_status(record: &SlideRecord, status: Status) -> SlideRecord {

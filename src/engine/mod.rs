@@ -3,6 +3,7 @@
 //! [`plan::plan`] decides which tiles of a slide are inferred, [`Engine`] sends them through the stages,
 //! [`cohort::run`] does so for many slides and keeps the account.
 
+mod bottleneck;
 pub mod cohort;
 pub mod config;
 mod error;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
+use self::bottleneck::Bottleneck;
 use self::config::RunConfig;
 pub use self::error::EngineError;
 pub(crate) use self::error::chain;
@@ -32,7 +34,7 @@ pub use self::simulate::Simulated;
 use self::stages::{Group, Infer, Placed, Read, Stitch, Tile};
 use self::write::{SlideFiles, SlideResults, Target};
 use crate::inference::{ModelCard, Session, SessionError, SessionFactory, Task};
-use crate::pipeline::{self, Cancel, PipelineError, StageStats};
+use crate::pipeline::{self, Cancel, PipelineError, StageStats, Trace, WorkerTrace};
 use crate::report::{ExecutionRecord, ModelRecord, StageRecord};
 use crate::slide::{ReadOptions, TileReader};
 use crate::stitch::{StitchSpec, Stitcher};
@@ -68,6 +70,25 @@ pub(crate) struct SlideRun {
     pub(crate) batch_size: NonZeroUsize,
     /// Whether an ICC profile was applied.
     pub(crate) converts_colours: bool,
+    /// What every worker did when, if that was asked for.
+    pub(crate) trace: Option<Vec<WorkerTrace>>,
+}
+
+impl SlideRun {
+    /// What bounded it.
+    pub(crate) fn bottleneck(&self, execution: &ExecutionRecord) -> Bottleneck {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        bottleneck::of(&self.stages, self.duration, execution, cores)
+    }
+}
+
+/// How a slide is run, apart from what is done with it.
+#[derive(Clone, Copy)]
+pub(crate) struct Conduct<'a> {
+    /// Asks to stop.
+    pub(crate) cancel: &'a Cancel,
+    /// Whether every stretch of every worker's time is kept.
+    pub(crate) is_traced: bool,
 }
 
 impl Engine {
@@ -83,12 +104,12 @@ impl Engine {
         id: &str,
         plan: &SlidePlan,
         out: &Path,
-        cancel: &Cancel,
+        conduct: Conduct<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SlideRun, EngineError> {
         let mut batch_size = self.batch_size;
         loop {
-            match self.try_slide(id, plan, out, batch_size, cancel, progress) {
+            match self.try_slide(id, plan, out, batch_size, conduct, progress) {
                 Err(EngineError::Session(SessionError::OutOfMemory { .. })) if batch_size.get() > 1 => {
                     batch_size = NonZeroUsize::new(batch_size.get() / 2).unwrap_or(NonZeroUsize::MIN);
                 }
@@ -107,7 +128,7 @@ impl Engine {
         plan: &SlidePlan,
         out: &Path,
         batch_size: NonZeroUsize,
-        cancel: &Cancel,
+        Conduct { cancel, is_traced }: Conduct<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SlideRun, EngineError> {
         let Self { card, config, sessions, .. } = self;
@@ -142,10 +163,11 @@ impl Engine {
         let mut files = Some(SlideFiles::create(target)?);
         let mut results = None;
         let mut done = 0;
+        let trace = is_traced.then(Trace::default);
         let start = Instant::now();
         let files_ref = &mut files;
         let results_ref = &mut results;
-        let stages = pipeline::run(cancel, |line| {
+        let stages = pipeline::run_traced(cancel, trace.as_ref(), |line| {
             let placed = line
                 .source("plan", QUEUE, tiles)
                 .through("read", QUEUE, read)
@@ -183,7 +205,9 @@ impl Engine {
         });
         let stages = stages.map_err(|error| failed(error, cancel))?;
         let results = results.ok_or(EngineError::Cancelled)?;
-        Ok(SlideRun { results, stages, duration: start.elapsed(), batch_size, converts_colours })
+        let duration = start.elapsed();
+        let trace = trace.map(Trace::into_workers);
+        Ok(SlideRun { results, stages, duration, batch_size, converts_colours, trace })
     }
 }
 
@@ -221,15 +245,6 @@ pub(crate) fn stitch_spec(card: &ModelCard, config: &RunConfig, plan: &SlidePlan
     #[expect(clippy::cast_possible_truncation, reason = "a probability")]
     let threshold = (!card.is_exclusive()).then_some(config.threshold as f32);
     Some(StitchSpec { plane: plan.plane, cell, class_count: card.classes.len(), overlap: plan.overlap, threshold })
-}
-
-/// The stage whose workers were busy for the largest share of the run, and what it says.
-pub(crate) fn bottleneck(stages: &[StageStats], duration: Duration) -> String {
-    let load = |stage: &StageStats| stage.busy.as_secs_f64() / (stage.workers.max(1) as f64 * duration.as_secs_f64());
-    let busiest = stages.iter().skip(1).max_by(|a, b| load(a).total_cmp(&load(b)));
-    busiest.map_or_else(String::new, |stage| {
-        format!("{} ({:.0} % busy over {} workers)", stage.name, 100.0 * load(stage), stage.workers)
-    })
 }
 
 #[cfg(test)]

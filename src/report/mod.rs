@@ -12,6 +12,7 @@ mod optimize;
 mod predict;
 mod simulate;
 mod text;
+mod trace;
 
 use std::collections::BTreeMap;
 
@@ -33,6 +34,7 @@ pub use self::simulate::{
     EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
 };
 pub use self::text::{count, duration, significant};
+pub use self::trace::{TraceRow, trace_json};
 pub use html::{bench_html, compare_html, evaluate_html};
 
 /// Schema of [`RunRecord`].
@@ -305,6 +307,9 @@ pub struct TimingRecord {
     pub tiles_per_sec: f64,
     /// The stage that bounds the rate, and how that is known.
     pub bottleneck: String,
+    /// What would relieve it.
+    #[serde(default)]
+    pub relief: String,
     /// Each stage in order.
     pub stages: Vec<StageRecord>,
 }

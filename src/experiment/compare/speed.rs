@@ -10,7 +10,7 @@ use super::course::Course;
 use super::ladder::{Ladder, Setting, Way};
 use super::subjects::Subject;
 use crate::engine::config::{Emit, RunConfig};
-use crate::engine::{Engine, LoadRequest, bottleneck};
+use crate::engine::{Conduct, Engine, LoadRequest};
 use crate::experiment::ExperimentError;
 use crate::experiment::optimize::file_error;
 use crate::experiment::race::{Contestant, RaceRules, race, timed};
@@ -206,6 +206,7 @@ fn engine(
 
 /// Runs over the course and says what bounded it.
 fn run(engine: &mut Engine, course: &Course, out: &Path) -> Result<String, ExperimentError> {
-    let run = engine.run_slide("slide", &course.plan, out, &Cancel::default(), &mut |_| {})?;
-    Ok(bottleneck(&run.stages, run.duration))
+    let conduct = Conduct { cancel: &Cancel::default(), is_traced: false };
+    let run = engine.run_slide("slide", &course.plan, out, conduct, &mut |_| {})?;
+    Ok(run.bottleneck(&engine.execution()).what)
 }
