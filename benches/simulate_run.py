@@ -5,8 +5,8 @@
 
 With `--slide`, `simulate` measures the inference alone and the reading of this slide alone. On a GPU the promise is the
 lower of the two; on a CPU, where the stages share the cores, it is what `simulate` makes of both. A run's rate is that of
-its record: tissue tiles by the seconds of the slide, its start and its outputs included. Everything measured is written
-to benches/results/, with versions, hardware and the command.
+its record: tissue tiles by the seconds from the first tile to the last output; finding the tissue and loading the model
+come before. Everything measured is written to benches/results/, with versions, hardware and the command.
 """
 import argparse
 import glob

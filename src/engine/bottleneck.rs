@@ -58,8 +58,8 @@ pub(crate) fn of(stages: &[StageStats], duration: Duration, execution: &Executio
 fn cheaper(stage: &str, on_gpu: bool) -> &'static str {
     match stage {
         "read" => "a coarser `target_mpp`, or less `overlap`",
-        "infer" if on_gpu => "the fp16 variant that `optimize --for cuda` makes",
-        "infer" => "the int8 variant that `optimize` makes, or a GPU",
+        "infer" if on_gpu => "a faster variant (`optimize --for cuda`)",
+        "infer" => "a faster variant (`optimize`), or a GPU",
         _ => "fewer kinds of output (`emit`)",
     }
 }

@@ -43,6 +43,9 @@ use crate::stitch::{StitchSpec, Stitcher};
 const PROGRESS_STEP: u64 = 8;
 /// Items between two stages: enough to hide an uneven rate, few enough to stay small.
 const QUEUE: NonZeroUsize = NonZeroUsize::new(2).unwrap();
+/// Results between stitching and writing. The rows that a row of tiles completes leave at once, in up to eight strips of a
+/// 512 px tile: without room for them stitching and writing would take turns.
+const RESULTS: NonZeroUsize = NonZeroUsize::new(10).unwrap();
 
 /// A loaded model with all that it takes to run it over slides.
 pub struct Engine {
@@ -145,7 +148,7 @@ impl Engine {
         for _ in 0..pool_size {
             pool.send(Vec::new()).ok();
         }
-        let (give_back_strip, used_strips) = bounded(4);
+        let (give_back_strip, used_strips) = bounded(RESULTS.get());
 
         let tiles = plan.positions.iter().enumerate().map_while(move |(index, position)| {
             let pixels = free_buffers.recv().ok()?;
@@ -173,7 +176,7 @@ impl Engine {
                 .through("read", QUEUE, read)
                 .through("batch", QUEUE, vec![Group::new(batch_size)])
                 .through("infer", QUEUE, infer)
-                .through("stitch", QUEUE, vec![stitch]);
+                .through("stitch", RESULTS, vec![stitch]);
             // Both closures of the fold need the files; they run one after the other.
             let files = std::cell::RefCell::new(files_ref);
             placed.fold(

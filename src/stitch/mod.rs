@@ -24,6 +24,8 @@ const PROBABILITY_STEPS: f32 = 4095.0;
 const AXIS_WEIGHT: u32 = 64;
 /// Rows of a strip: a band of 60,000 px with 4 classes then takes 19 MB.
 const STRIP_ROWS: usize = 64;
+/// Rows of a tile that one core places: some microseconds of work, or the hand-over costs more.
+const ROWS_AT_A_TIME: usize = 32;
 
 /// What is stitched.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -173,28 +175,35 @@ impl Stitcher {
         if columns.is_empty() {
             return;
         }
-        let width = self.width;
         let index = |value: i64| usize::try_from(value).unwrap_or(0);
         let (first, last) = (index(columns.start), index(columns.end));
         let left = index(at.plane_x + columns.start);
-        for tile_row in inside(at.plane_y, self.height) {
-            let y = u64::try_from(at.plane_y + tile_row).unwrap_or(0);
-            let tile_row = index(tile_row);
-            let weight_y = self.window[tile_row];
-            let weights: Vec<u32> = self.window[first..last].iter().map(|weight| weight * weight_y).collect();
-            let row = self.row_mut(y, left..left + weights.len());
-            for (sum, weight) in row.weights[left..].iter_mut().zip(&weights) {
+        let tile_rows = inside(at.plane_y, self.height);
+        let top = self.slot(u64::try_from(at.plane_y + tile_rows.start).unwrap_or(0));
+        let (width, class_count, span) = (self.width, self.spec.class_count, self.rows.len());
+        let window = &self.window;
+        // Each row of the tile lies in a row of the ring of its own.
+        let rows = self.rows.par_iter_mut().enumerate().with_min_len(ROWS_AT_A_TIME);
+        rows.for_each(|(slot, row)| {
+            let tile_row = index(tile_rows.start) + (slot + span - top) % span;
+            if tile_row >= index(tile_rows.end) {
+                return;
+            }
+            row.prepare(width, class_count, left..left + last - first);
+            let weight_y = window[tile_row];
+            let weights = || window[first..last].iter().map(|weight| weight * weight_y);
+            for (sum, weight) in row.weights[left..].iter_mut().zip(weights()) {
                 *sum += weight;
             }
             for (class, plane) in map.outer_iter().enumerate() {
                 let values = plane.row(tile_row);
                 let values = values.as_slice().map_or_else(|| Cow::Owned(values.to_vec()), Cow::Borrowed);
-                let sums = &mut row.sums[class * width + left..class * width + left + weights.len()];
-                for ((sum, weight), value) in sums.iter_mut().zip(&weights).zip(&values[first..]) {
+                let sums = &mut row.sums[class * width + left..][..last - first];
+                for ((sum, weight), value) in sums.iter_mut().zip(weights()).zip(&values[first..]) {
                     *sum += weight * quantise(*value);
                 }
             }
-        }
+        });
     }
 
     /// Hands out all rows that are left.
@@ -247,17 +256,11 @@ impl Stitcher {
         usize::try_from(row % self.rows.len() as u64).unwrap_or(0)
     }
 
-    /// The row's sums, of which `columns` are about to change; its memory is made on first use, so that rows without
-    /// tissue cost nothing.
+    /// The row's sums, of which `columns` are about to change.
     fn row_mut(&mut self, row: u64, columns: Range<usize>) -> &mut Row {
         let slot = self.slot(row);
-        let (width, class_count) = (self.width, self.spec.class_count);
         let row = &mut self.rows[slot];
-        if row.weights.is_empty() {
-            row.weights.resize(width, 0);
-            row.sums.resize(width * class_count, 0);
-        }
-        row.touch(columns);
+        row.prepare(self.width, self.spec.class_count, columns);
         row
     }
 
@@ -279,6 +282,16 @@ impl Stitcher {
 }
 
 impl Row {
+    /// Makes room for sums, of which `columns` are about to change. The memory is made on first use, so that rows without
+    /// tissue cost nothing.
+    fn prepare(&mut self, width: usize, class_count: usize, columns: Range<usize>) {
+        if self.weights.is_empty() {
+            self.weights.resize(width, 0);
+            self.sums.resize(width * class_count, 0);
+        }
+        self.touch(columns);
+    }
+
     /// Notes that no more tiles will come.
     fn complete(&mut self) {
         let columns = self.touched.clone();
