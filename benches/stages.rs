@@ -72,7 +72,7 @@ fn read_and_infer_part(
     barrier: &Barrier,
 ) -> (f64, f64, Vec<Prediction>) {
     let options = ReadOptions { tile_size: card.tile_size, icc: false };
-    let mut reader = TileReader::new(&plan.slide, &plan.choice, options, &plan.positions).unwrap();
+    let mut reader = TileReader::new(&plan.slide, &plan.choice, options, positions).unwrap();
     let one = NonZeroUsize::new(1);
     let session = SessionOptions { device: Device::Cpu, provider: Provider::Cpu, intra_threads: one };
     let variant = card.default_variant().unwrap();

@@ -106,8 +106,8 @@ fn describe(slide: &Slide, pixel_size: Option<&PixelSize>) -> Vec<Fact> {
     ];
     facts.extend(levels.into_iter().map(|(value, text)| ("level", value, text)));
     let compression = slide.compression.clone();
-    let reader = json!({ "name": slide.reader.as_str(), "reason": slide.reader_reason });
-    facts.push(("reader", reader, format!("{}: {}", slide.reader.as_str(), slide.reader_reason)));
+    facts.push(("reader", json!(slide.reader.as_str()), slide.reader.as_str().to_owned()));
+    facts.push(("reader_reason", json!(slide.reader_reason), slide.reader_reason.clone()));
     facts.push(("compression", json!(compression), compression.unwrap_or_else(|| "unknown".to_owned())));
     let objective = slide.objective_power;
     let objective_text = objective.map_or_else(|| "unknown".to_owned(), |power| format!("{power}×"));

@@ -234,7 +234,7 @@ pub(crate) struct RunOptions {
     /// Stop at the first slide that fails
     #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Results")]
     fail_fast: Option<bool>,
-    /// Write what every worker did when to OUT/traces/ID.json, for Perfetto or chrome://tracing
+    /// Write what every worker did when to OUT/traces/ID.json, for Perfetto or chrome://tracing; not of slides that are done
     #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Results")]
     profile: Option<bool>,
     /// Redo slides that are done

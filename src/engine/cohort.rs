@@ -142,6 +142,10 @@ impl OutputFolder {
         self.path.join("slides").join(format!("{id}.json"))
     }
 
+    fn trace_path(&self, id: &str) -> PathBuf {
+        self.path.join("traces").join(format!("{id}.json"))
+    }
+
     /// The slide's record from an earlier run; one that can't be read counts as none.
     fn earlier(&self, id: &str) -> Option<SlideRecord> {
         serde_json::from_slice(&fs::read(self.record_path(id)).ok()?).ok()
@@ -150,7 +154,7 @@ impl OutputFolder {
     /// Removes an earlier run's record and then its files, so that nothing of it looks finished.
     fn forget(&self, id: &str, earlier: &SlideRecord) -> Result<(), EngineError> {
         let paths = earlier.outputs.iter().map(|output| self.path.join(&output.path));
-        for path in std::iter::once(self.record_path(id)).chain(paths) {
+        for path in [self.record_path(id), self.trace_path(id)].into_iter().chain(paths) {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(EngineError::Output(output::OutputError::Write { path, source: error }));
@@ -321,8 +325,10 @@ impl Cohort<'_> {
         let conduct = Conduct { cancel: self.cancel, is_traced: self.options.profile };
         let run = self.engine.run_slide(&input.id, &plan, self.folder.path(), conduct, &mut progress)?;
         if let Some(workers) = &run.trace {
-            let path = self.folder.path().join("traces").join(format!("{}.json", input.id));
-            output::write_atomic(&path, &report::trace_json(&input.id, &trace_rows(workers)))?;
+            output::write_atomic(
+                &self.folder.trace_path(&input.id),
+                &report::trace_json(&input.id, &trace_rows(workers)),
+            )?;
         }
         if run.batch_size != asked {
             record.notes.push(format!("memory sufficed for batches of {} tiles, not {asked}", run.batch_size));

@@ -213,6 +213,10 @@ impl SlideError {
                 "set a finer `target_mpp` or a smaller `tile_size`: the slide has no coarser level"
             }
             Self::NotNative { .. } => "set `reader` to auto: what the native reader can't read, OpenSlide reads",
+            Self::Read { source: DecodeError::Native { .. }, .. } => {
+                "the file is damaged there; `on_tile_error = \"skip\"` leaves such tiles out, and `reader = \"openslide\"` may \
+                 forgive more"
+            }
             Self::Read { .. } => "the file is damaged there; `on_tile_error = \"skip\"` leaves such tiles out",
             Self::IccProfile { .. } => "set `icc` to false to take the colours as they are stored",
             _ => return None,

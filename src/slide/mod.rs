@@ -33,7 +33,7 @@ pub use self::discover::{Discovery, discover};
 pub use self::error::{DecodeError, SlideError};
 pub use self::level::{LevelChoice, Resample};
 pub use self::native::TileError;
-use self::native::pyramid::Pyramid;
+use self::native::pyramid::{Dialect, Pyramid};
 pub use self::reader::{ReadOptions, TileReader};
 pub use self::thumbnail::Thumbnail;
 use crate::geometry::{Level, Level0Rect, Mpp, PixelSize};
@@ -97,7 +97,7 @@ impl FromStr for Reader {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let known = [Self::OpenSlide, Self::Native].into_iter().find(|reader| reader.as_str() == text);
-        known.ok_or_else(|| format!("{text:?} is no reader: openslide or native"))
+        known.ok_or_else(|| format!("{text:?} is no reader: auto, openslide or native"))
     }
 }
 
@@ -191,16 +191,26 @@ impl Slide {
             Ok(pyramid) => pyramid,
             Err(error) => return Err((Box::new(self), error.to_string())),
         };
-        let size = |level: &LevelInfo| (level.width, level.height);
-        if !self.levels.iter().map(size).eq(pyramid.levels.iter().map(|level| (level.width, level.height))) {
-            let reason = "its levels are not those that OpenSlide finds".to_owned();
-            return Err((Box::new(self), reason));
-        }
-        let native = Self { reader: Reader::Native, native: Some(Arc::new(pyramid)), ..self.clone() };
+        let theirs: Vec<(u32, u32)> = self.levels.iter().map(|level| (level.width, level.height)).collect();
+        let ours: Vec<(u32, u32)> = pyramid.levels.iter().map(|level| (level.width, level.height)).collect();
+        // Of an OME-TIFF OpenSlide sees the first level alone: the others lie in sub-directories.
+        let knows_more = pyramid.dialect == Dialect::Ome && ours.len() > 1 && theirs[..] == ours[..1];
+        let native = if theirs == ours {
+            Self { reader: Reader::Native, native: Some(Arc::new(pyramid)), ..self.clone() }
+        } else if knows_more {
+            match Self::of_pyramid(&self.path, pyramid) {
+                Ok(native) => native,
+                Err(error) => return Err((Box::new(self), error.to_string())),
+            }
+        } else {
+            return Err((Box::new(self), "its levels are not those that OpenSlide finds".to_owned()));
+        };
         match native::agreement::check(&self, &native) {
             Ok(found) => {
                 let (tiles, most) = (found.tiles, found.max_difference);
-                let reader_reason = format!("{tiles} of its tiles differ from OpenSlide's by at most {most} of 255");
+                let more = if knows_more { ", which sees only the first level" } else { "" };
+                let reader_reason =
+                    format!("{tiles} of its tiles differ from OpenSlide's{more} by at most {most} of 255");
                 Ok(Self { reader_reason, ..native })
             }
             Err(reason) => Err((Box::new(self), reason)),
@@ -331,7 +341,8 @@ impl Slide {
 #[must_use]
 pub fn detect(path: impl AsRef<Path>) -> Option<String> {
     let path = path.as_ref();
-    crate::native::openslide().ok()?;
+    // Opening a pipe would wait for its other end.
+    crate::native::openslide().ok().filter(|_| path.is_file())?;
     let by_us = || Some(native::pyramid_of(path).ok()?.dialect.as_str().to_owned());
     OpenSlide::detect_vendor(path).ok().or_else(by_us)
 }
@@ -397,6 +408,10 @@ fn compression(path: &Path, properties: &BTreeMap<String, String>) -> Option<Str
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
+    use flate2::write::ZlibEncoder;
+
     use super::native::tiff_builder::{TiffBuilder, Values, rgb_image, with};
     use super::synthetic::{SvsOptions, SyntheticSlide};
     use super::*;
@@ -473,21 +488,24 @@ mod tests {
     }
 
     #[test]
-    fn a_slide_that_only_we_know_has_its_metadata_and_pixels() {
+    fn a_pyramid_that_only_we_know_has_its_metadata_and_pixels() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.ome.tif");
         let xml = "<OME><Image><Pixels PhysicalSizeX=\"0.25\" PhysicalSizeY=\"0.25\"/></Image></OME>";
         let mut tiff = TiffBuilder::new(false, false);
-        let tile = tiff.data(&[[10, 20, 30]; 256].concat());
-        let child = rgb_image((32, 16), 16, (1, 1), &[(tile, 768); 2]);
+        let mut encoder = ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(&[[10, 20, 30]; 256].concat()).unwrap();
+        let deflated = encoder.finish().unwrap();
+        let tile = (tiff.data(&deflated), u32::try_from(deflated.len()).unwrap());
+        let child = rgb_image((32, 16), 16, (8, 1), &[tile; 2]);
         let (child, _) = tiff.loose_directory(&child);
-        let base = rgb_image((64, 32), 16, (1, 1), &[(tile, 768); 8]);
+        let base = rgb_image((64, 32), 16, (8, 1), &[tile; 8]);
         let base = with(with(base, 270, Values::Text(xml)), 330, Values::Long(vec![child]));
         tiff.directory(&base);
         std::fs::write(&path, tiff.finish()).unwrap();
         let slide = Slide::open(&path, None).unwrap();
-        assert_eq!((slide.vendor.as_str(), slide.reader), ("ome-tiff", Reader::Native));
-        assert_eq!(detect(&path).as_deref(), Some("ome-tiff"));
+        assert_eq!((slide.vendor.as_str(), slide.reader), ("ome-tiff", Reader::Native), "{}", slide.reader_reason);
+        assert!(detect(&path).is_some());
         assert_eq!(
             slide.levels.iter().map(|level| (level.width, level.height)).collect::<Vec<_>>(),
             [(64, 32), (32, 16)]

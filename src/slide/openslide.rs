@@ -26,6 +26,10 @@ pub(super) fn open(path: &Path) -> Result<OpenSlide, SlideError> {
     if metadata.is_dir() {
         return Err(E::IsDirectory { path: owned() });
     }
+    // Opening a pipe would wait for its other end.
+    if !metadata.is_file() {
+        return Err(E::Io { path: owned(), source: std::io::Error::other("neither a file nor a folder") });
+    }
     OpenSlide::new(path).map_err(|source| match (source, container::inspect(path)) {
         (_, Err(error)) => io_error(error),
         (_, Ok(Container::TruncatedTiff { needed, actual })) => E::Truncated { path: owned(), needed, actual },

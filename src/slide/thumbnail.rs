@@ -1,5 +1,7 @@
 //! The whole slide as one small picture, in bounded memory.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use fast_image_resize::{ResizeError, Resizer};
 use image::imageops::replace;
 use image::{Rgb, RgbImage};
@@ -14,8 +16,10 @@ use crate::geometry::{Level, Level0Rect};
 const CHUNK: (u32, u32) = (4096, 256);
 /// Side below which an unreadable part is not cut any further.
 const SMALLEST_PART: u32 = 512;
-/// Unreadable parts, of those that one thread reads, after which the slide is given up.
+/// Unreadable parts after which the slide is given up.
 const MAX_UNREADABLE: usize = 64;
+/// Handles of OpenSlide that read one level side by side.
+const MAX_HANDLES: usize = 4;
 /// Block averaged at most; beyond it the rest is left to the filter.
 const MAX_BLOCK: u32 = 1024;
 
@@ -53,12 +57,16 @@ impl Slide {
         let block = ((info.width / width).min(MAX_BLOCK), (info.height / height).min(MAX_BLOCK));
         let parts = parts((info.width, info.height), block);
         let planned = parts.iter().map(|part| part.rect());
-        let threads = rayon::current_num_threads().min(parts.len()).max(1);
+        // OpenSlide opens the file anew for every thread.
+        let most = if self.native.is_some() { rayon::current_num_threads() } else { MAX_HANDLES };
+        let threads = rayon::current_num_threads().min(most).min(parts.len()).max(1);
+        let unreadable_count = AtomicUsize::new(0);
         let sources = source::open(self, level, planned, threads)?;
         let walks = sources.into_par_iter().zip(parts.par_chunks(parts.len().div_ceil(threads).max(1)));
-        let walked: Vec<Walk> = walks
+        let walked: Vec<Walk<'_>> = walks
             .map(|(source, parts)| {
-                let mut walk = Walk { background: self.background, source, means: Vec::new(), unreadable: Vec::new() };
+                let (means, unreadable) = (Vec::new(), Vec::new());
+                let mut walk = Walk { background: self.background, source, means, unreadable, all: &unreadable_count };
                 walk.over(parts, block)?;
                 Ok(walk)
             })
@@ -84,12 +92,14 @@ impl Slide {
 }
 
 /// Parts of a level being read one by one.
-struct Walk {
+struct Walk<'a> {
     background: [u8; 3],
     source: Box<dyn LevelSource>,
     /// The parts with their blocks averaged; blocks at the edges may be smaller.
     means: Vec<(Part, RgbImage)>,
     unreadable: Vec<Level0Rect>,
+    /// Unreadable parts of all walks.
+    all: &'a AtomicUsize,
 }
 
 /// A rectangle of the level.
@@ -111,7 +121,7 @@ fn parts((width, height): (u32, u32), (block_x, block_y): (u32, u32)) -> Vec<Par
     columns.flat_map(|x| (0..height).step_by(step_y as usize).map(move |y| part(x, y))).collect()
 }
 
-impl Walk {
+impl Walk<'_> {
     /// Averages the blocks of some parts.
     fn over(&mut self, parts: &[Part], block: (u32, u32)) -> Result<(), SlideError> {
         let mut rgb = Vec::new();
@@ -126,7 +136,7 @@ impl Walk {
     fn read(&mut self, part: Part, rgb: &mut Vec<u8>) -> Result<(), SlideError> {
         match self.source.read(part.rect(), rgb) {
             Ok(_) => Ok(()),
-            Err(error @ SlideError::Read { .. }) if self.unreadable.len() >= MAX_UNREADABLE => Err(error),
+            Err(error @ SlideError::Read { .. }) if self.all.load(Ordering::Relaxed) >= MAX_UNREADABLE => Err(error),
             Err(SlideError::Read { .. }) if part.width.max(part.height) > SMALLEST_PART => {
                 let mut half_rgb = Vec::new();
                 rgb.resize(part.width as usize * part.height as usize * 3, 0);
@@ -140,6 +150,7 @@ impl Walk {
                 Ok(())
             }
             Err(SlideError::Read { region, .. }) => {
+                self.all.fetch_add(1, Ordering::Relaxed);
                 self.unreadable.push(region);
                 fill(rgb, self.background);
                 Ok(())

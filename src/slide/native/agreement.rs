@@ -1,9 +1,7 @@
 //! Whether the native reader gives the pixels that OpenSlide gives, tried on a handful of tiles when a slide is opened.
 
-use super::TileError;
 use super::pyramid::TiledLevel;
 use crate::geometry::Level;
-use crate::slide::error::DecodeError;
 use crate::slide::source::{LevelRect, LevelSource};
 use crate::slide::{Slide, SlideError};
 
@@ -11,7 +9,7 @@ use crate::slide::{Slide, SlideError};
 const MAX_DIFFERENCE: u8 = 4;
 /// Largest mean difference of a tile.
 const MAX_MEAN_DIFFERENCE: f64 = 0.5;
-/// Tiles of each level that are tried at least, if the level has as many.
+/// Tiles of each level that are compared, if so many can be.
 const TILES: usize = 2;
 
 /// What the comparison found.
@@ -25,19 +23,21 @@ pub(crate) struct Agreement {
 
 /// Compares tiles of every level, those of the most bytes first, where most can differ; `Err` says what differs.
 ///
-/// A tile that neither reader can decode, or that is damaged, says nothing about the reader and is passed over.
+/// A tile that OpenSlide can't decode says nothing about the reader and is passed over. Levels that OpenSlide doesn't know
+/// can't be compared.
 ///
 /// # Errors
 /// Why the native reader must not be used, in words.
 pub(crate) fn check(openslide: &Slide, native: &Slide) -> Result<Agreement, String> {
     let mut found = Agreement::default();
-    for (index, tiled) in (0..).zip(native.native.iter().flat_map(|pyramid| &pyramid.levels)) {
+    let levels = native.native.iter().flat_map(|pyramid| &pyramid.levels);
+    for ((index, tiled), info) in (0..).zip(levels).zip(&openslide.levels) {
         let level = Level(index);
         let one = |slide: &Slide| crate::slide::source::open(slide, level, std::iter::empty(), 1);
         let open = |slide: &Slide| one(slide).map(|mut sources| sources.remove(0)).map_err(|error| error.to_string());
         let (mut theirs, mut ours) = (open(openslide)?, open(native)?);
         let mut compared = 0;
-        for tile in candidates(tiled) {
+        for tile in candidates(tiled, info.openslide_downsample) {
             if let Some(difference) = compare(theirs.as_mut(), ours.as_mut(), rect_of(tiled, tile))
                 .map_err(|what| format!("level {index}, tile {tile}: {what}"))?
             {
@@ -56,20 +56,21 @@ pub(crate) fn check(openslide: &Slide, native: &Slide) -> Result<Agreement, Stri
     Ok(found)
 }
 
-/// The tiles worth trying: those of the most bytes, then the first, for it lies on a whole pixel for OpenSlide at any
-/// downsample.
-fn candidates(level: &TiledLevel) -> Vec<u32> {
-    /// Enough to find two that are sound and lie on whole pixels.
+/// The tiles worth trying: of those that are there and lie on a whole pixel for OpenSlide, the ones of the most bytes.
+fn candidates(level: &TiledLevel, downsample: f64) -> Vec<u32> {
+    /// Enough to find some that are sound.
     const MOST: usize = 8;
-    let mut tiles: Vec<u32> = (0..).take(level.tile_byte_counts.len()).collect();
-    let most = MOST.min(tiles.len());
-    let bytes = |tile: &u32| std::cmp::Reverse(level.tile_byte_counts[*tile as usize]);
-    if most < tiles.len() {
-        tiles.select_nth_unstable_by_key(most, bytes);
-    }
-    tiles.truncate(most);
-    tiles.sort_unstable_by_key(bytes);
-    tiles.push(0);
+    let is_whole = |position: i64| {
+        let position = position as f64;
+        ((position * downsample).round() / downsample - position).abs() < 1e-6
+    };
+    let is_comparable = |tile: &u32| {
+        let rect = rect_of(level, *tile);
+        level.tile_data(*tile).is_some() && is_whole(rect.x) && is_whole(rect.y)
+    };
+    let mut tiles: Vec<u32> = (0..).take(level.tile_byte_counts.len()).filter(is_comparable).collect();
+    tiles.sort_by_key(|tile| std::cmp::Reverse(level.tile_byte_counts[*tile as usize]));
+    tiles.truncate(MOST);
     tiles
 }
 
@@ -95,11 +96,7 @@ fn compare(theirs: &mut dyn LevelSource, ours: &mut dyn LevelSource, rect: Level
     }
     match ours.read(rect, &mut rgb) {
         Ok(_) => {}
-        Err(SlideError::Read {
-            source: DecodeError::Native { source: TileError::Damaged { .. } | TileError::WrongSize { .. }, .. },
-            ..
-        }) => return Ok(None),
-        Err(SlideError::Read { source, .. }) => return Err(source.to_string()),
+        Err(SlideError::Read { source, .. }) => return Err(format!("OpenSlide decodes it, but {source}")),
         Err(error) => return Err(error.to_string()),
     }
     let differences = || rgb.iter().zip(&expected).map(|(ours, theirs)| ours.abs_diff(*theirs));

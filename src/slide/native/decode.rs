@@ -21,7 +21,6 @@ const HORIZONTAL: u16 = 2;
 pub(crate) struct TileDecoder {
     width: usize,
     height: usize,
-    samples: usize,
     codec: Codec,
 }
 
@@ -46,7 +45,7 @@ impl TileDecoder {
     /// Prepares decoding of a level.
     ///
     /// # Errors
-    /// [`TileError::Unsupported`], naming what, unless the level has 8-bit RGB (or RGBA, or YCbCr in JPEG) pixels and
+    /// [`TileError::Unsupported`], naming what, unless the level has 8-bit RGB (or, in JPEG, YCbCr) pixels and
     /// a compression known here. [`TileError::Damaged`] if the JPEG tables can't be parsed.
     pub(crate) fn new(level: &TiledLevel) -> Result<Self, TileError> {
         let refuse = |what: String| Err(TileError::Unsupported(what));
@@ -70,7 +69,7 @@ impl TileDecoder {
                 Codec::Jpeg { tables, tile: JpegTile { width: level.tile_width, height: level.tile_height, is_rgb } }
             }
             Compression::None | Compression::Deflate | Compression::Lzw => {
-                if !matches!((photometric, samples), (RGB, 3 | 4)) {
+                if !matches!((photometric, samples), (RGB, 3)) {
                     return refuse(format!("an image of {samples} samples and photometric {photometric}"));
                 }
                 let (compression, has_predictor) = match (level.compression, level.predictor) {
@@ -85,12 +84,7 @@ impl TileDecoder {
             Compression::Jpeg2000 => return refuse("JPEG 2000".to_owned()),
             Compression::Other(code) => return refuse(format!("TIFF compression {code}")),
         };
-        Ok(Self {
-            width: level.tile_width as usize,
-            height: level.tile_height as usize,
-            samples: samples.into(),
-            codec,
-        })
+        Ok(Self { width: level.tile_width as usize, height: level.tile_height as usize, codec })
     }
 
     /// Size of a decoded tile in bytes.
@@ -107,20 +101,11 @@ impl TileDecoder {
         match &self.codec {
             Codec::Jpeg { tables, tile } => jpeg::decode(data, tables, *tile, &mut scratch.0, rgb),
             Codec::Samples { compression, has_predictor } => {
-                if self.samples == 3 {
-                    return self.decode_samples(data, *compression, *has_predictor, rgb);
-                }
-                scratch.0.resize(self.width * self.height * self.samples, 0);
-                self.decode_samples(data, *compression, *has_predictor, &mut scratch.0)?;
-                for (pixel, out) in scratch.0.chunks_exact(self.samples).zip(rgb.chunks_exact_mut(3)) {
-                    out.copy_from_slice(&pixel[..3]);
-                }
-                Ok(())
+                self.decode_samples(data, *compression, *has_predictor, rgb)
             }
         }
     }
 
-    /// Decodes into `[tile_height, tile_width, samples]`.
     fn decode_samples(
         &self,
         data: &[u8],
@@ -134,9 +119,9 @@ impl TileDecoder {
             SampleCompression::Lzw => unlzw(data, out)?,
         }
         if has_predictor {
-            for row in out.chunks_exact_mut(self.width * self.samples) {
-                for at in self.samples..row.len() {
-                    row[at] = row[at].wrapping_add(row[at - self.samples]);
+            for row in out.chunks_exact_mut(self.width * 3) {
+                for at in 3..row.len() {
+                    row[at] = row[at].wrapping_add(row[at - 3]);
                 }
             }
         }
@@ -233,15 +218,15 @@ mod tests {
         }
     }
 
-    fn pixels(samples: usize) -> Vec<u8> {
-        (0..32 * 16 * samples).map(|at| (at * 7 % 251).to_le_bytes()[0]).collect()
+    fn pixels() -> Vec<u8> {
+        (0..32 * 16 * 3_usize).map(|at| (at * 7 % 251).to_le_bytes()[0]).collect()
     }
 
-    fn differences(pixels: &[u8], samples: usize) -> Vec<u8> {
+    fn differences(pixels: &[u8]) -> Vec<u8> {
         let row = |row: &[u8]| -> Vec<u8> {
-            (0..row.len()).map(|at| row[at].wrapping_sub(if at < samples { 0 } else { row[at - samples] })).collect()
+            (0..row.len()).map(|at| row[at].wrapping_sub(if at < 3 { 0 } else { row[at - 3] })).collect()
         };
-        pixels.chunks_exact(32 * samples).flat_map(row).collect()
+        pixels.chunks_exact(32 * 3).flat_map(row).collect()
     }
 
     fn deflate(bytes: &[u8]) -> Vec<u8> {
@@ -262,21 +247,17 @@ mod tests {
     }
 
     #[test]
-    fn samples_come_back_with_and_without_predictor_and_alpha() {
-        for samples in [3u8, 4] {
-            let (stored_samples, samples) = (samples, usize::from(samples));
-            let plain = pixels(samples);
-            let expected: Vec<u8> = plain.chunks_exact(samples).flat_map(|pixel| pixel[..3].to_vec()).collect();
-            for predictor in [1, HORIZONTAL] {
-                let stored = if predictor == 1 { plain.clone() } else { differences(&plain, samples) };
-                for (compression, data) in [
-                    (Compression::None, plain.clone()),
-                    (Compression::Deflate, deflate(&stored)),
-                    (Compression::Lzw, lzw(&stored)),
-                ] {
-                    let level = TiledLevel { predictor, samples: stored_samples.into(), ..level(compression) };
-                    assert_eq!(decode(&level, &data).unwrap(), expected, "{compression:?} {predictor} {samples}");
-                }
+    fn samples_come_back_with_and_without_predictor() {
+        let plain = pixels();
+        for predictor in [1, HORIZONTAL] {
+            let stored = if predictor == 1 { plain.clone() } else { differences(&plain) };
+            for (compression, data) in [
+                (Compression::None, plain.clone()),
+                (Compression::Deflate, deflate(&stored)),
+                (Compression::Lzw, lzw(&stored)),
+            ] {
+                let level = TiledLevel { predictor, ..level(compression) };
+                assert_eq!(decode(&level, &data).unwrap(), plain, "{compression:?} {predictor}");
             }
         }
     }
@@ -284,9 +265,9 @@ mod tests {
     #[test]
     fn data_that_is_cut_off_is_an_error_at_every_length() {
         for (compression, data) in [
-            (Compression::None, pixels(3)),
-            (Compression::Deflate, deflate(&pixels(3))),
-            (Compression::Lzw, lzw(&pixels(3))),
+            (Compression::None, pixels()),
+            (Compression::Deflate, deflate(&pixels())),
+            (Compression::Lzw, lzw(&pixels())),
         ] {
             // LZW's last bytes hold its end code, which may be missing.
             let end = if compression == Compression::Lzw { data.len() - 3 } else { data.len() };
@@ -302,7 +283,7 @@ mod tests {
         let bomb = deflate(&vec![0; 10 << 20]);
         let error = decode(&level(Compression::Deflate), &bomb).unwrap_err();
         assert!(matches!(error, TileError::WrongSize { .. }), "{error}");
-        let mut data = deflate(&pixels(3));
+        let mut data = deflate(&pixels());
         *data.last_mut().unwrap() ^= 1;
         let error = decode(&level(Compression::Deflate), &data).unwrap_err();
         assert!(matches!(error, TileError::Damaged { .. }), "{error}");
@@ -316,6 +297,7 @@ mod tests {
             (TiledLevel { is_planar: true, ..base.clone() }, "plane per colour"),
             (TiledLevel { photometric: 1, samples: 1, ..base.clone() }, "1 samples"),
             (TiledLevel { photometric: YCBCR, ..base.clone() }, "photometric 6"),
+            (TiledLevel { samples: 4, ..base.clone() }, "4 samples"),
             (TiledLevel { predictor: 3, ..base.clone() }, "predictor 3"),
             (TiledLevel { is_bit_reversed: true, ..base.clone() }, "reversed"),
             (TiledLevel { compression: Compression::Jpeg2000, ..base.clone() }, "JPEG 2000"),

@@ -32,10 +32,8 @@ fn positive(text: &str) -> Option<f64> {
 pub(crate) fn attribute<'a>(xml: &'a str, element: &str, name: &str) -> Option<&'a str> {
     let start = xml.match_indices('<').map(|(at, _)| &xml[at + 1..]).find_map(|rest| {
         // Elements may carry a namespace prefix.
-        let rest = rest
-            .split_once(':')
-            .filter(|(prefix, _)| prefix.chars().all(char::is_alphanumeric))
-            .map_or(rest, |(_, rest)| rest);
+        let after = rest.trim_start_matches(char::is_alphanumeric);
+        let rest = after.strip_prefix(':').unwrap_or(rest);
         rest.strip_prefix(element).filter(|rest| rest.starts_with(char::is_whitespace))
     })?;
     let element = start.split('>').next()?;

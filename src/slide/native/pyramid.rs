@@ -22,7 +22,7 @@ const MAX_TILE_SIDE: u64 = 16_384;
 const MAX_TILE_BYTES: u64 = 256 << 20;
 /// Compressed size of a tile in bytes.
 const MAX_TILE_DATA_BYTES: u64 = 64 << 20;
-/// Tiles of a level: the `tiff` crate's limit of 256 MiB at 32 bytes a value.
+/// Tiles of a pyramid: the `tiff` crate's limit of 256 MiB at 32 bytes a value.
 const MAX_TILES: u64 = 1 << 23;
 /// Directories followed; a real slide has fewer than a hundred.
 const MAX_DIRECTORIES: usize = 4096;
@@ -346,6 +346,10 @@ impl<R: Read + Seek> Directories<R> {
                 continue;
             }
             let (level, subfile_type) = self.level(*offset, directory)?;
+            let tiles: u64 = levels.iter().chain([&level]).map(|level| level.tile_byte_counts.len() as u64).sum();
+            if tiles > MAX_TILES {
+                return Err(PyramidError::Unsupported(format!("a pyramid of more than {MAX_TILES} tiles")));
+            }
             let Some((base, last)) = levels.first().zip(levels.last()) else {
                 levels.push(level);
                 continue;
