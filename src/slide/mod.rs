@@ -208,7 +208,7 @@ impl Slide {
         match native::agreement::check(&self, &native) {
             Ok(found) => {
                 let (tiles, most) = (found.tiles, found.max_difference);
-                let more = if knows_more { ", which sees only the first level" } else { "" };
+                let more = if knows_more { ", which sees only the first level," } else { "" };
                 let reader_reason =
                     format!("{tiles} of its tiles differ from OpenSlide's{more} by at most {most} of 255");
                 Ok(Self { reader_reason, ..native })
