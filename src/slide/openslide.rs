@@ -65,8 +65,18 @@ impl OpenSlideLevel {
 }
 
 impl LevelSource for OpenSlideLevel {
-    /// OpenSlide takes level-0 positions and interpolates where they fall between pixels of the level, hence the shift.
     fn read(&mut self, rect: LevelRect, rgb: &mut Vec<u8>) -> Result<Shift, SlideError> {
+        self.read_shifted(rect, (0.0, 0.0), rgb)
+    }
+
+    fn read_from(&mut self, rect: LevelRect, fraction: (f64, f64), rgb: &mut Vec<u8>) -> Result<(), SlideError> {
+        self.read_shifted(rect, fraction, rgb).map(drop)
+    }
+}
+
+impl OpenSlideLevel {
+    /// OpenSlide takes level-0 positions and interpolates where they fall between pixels of the level, hence the shift.
+    fn read_shifted(&mut self, rect: LevelRect, fraction: (f64, f64), rgb: &mut Vec<u8>) -> Result<Shift, SlideError> {
         let row_bytes = rect.width as usize * 3;
         rgb.resize(row_bytes * rect.height as usize, 0);
         let Some(part) = rect.clipped((self.info.width, self.info.height)) else {
@@ -79,8 +89,12 @@ impl LevelSource for OpenSlideLevel {
         };
         let downsample = self.info.openslide_downsample;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a level lies within level 0")]
-        let address = |position: u32| (f64::from(position) * downsample).round() as u32;
-        let (x, y) = (address(part.x), address(part.y));
+        let address = |position: u32, skipped: usize, fraction: f64| {
+            // What starts before the slide is read from the slide's edge on.
+            let exact = f64::from(position) + if skipped == 0 { fraction } else { 0.0 };
+            (exact.max(0.0) * downsample).round() as u32
+        };
+        let (x, y) = (address(part.x, part.left, fraction.0), address(part.y, part.top, fraction.1));
         let region =
             Region { address: Address { x, y }, level: self.level.0, size: Size { w: part.width, h: part.height } };
         let bgra = slide.read_region(&region).map_err(|source| SlideError::Read {

@@ -92,8 +92,9 @@ impl TileReader {
 
     /// Reads the tile at `position` into `rgb`, whose content is replaced: `[tile_size, tile_size, 3]`, RGB8.
     ///
-    /// Without resampling a tile has the level's own pixels, from the one nearest to its position on: on level 0, read by
-    /// OpenSlide, bit for bit those of its `read_region` at the rounded position.
+    /// Without resampling a tile has the level's own pixels, from the one nearest to its position on. Read by OpenSlide it
+    /// is bit for bit what its `read_region` gives at the position rounded to level-0 pixels, which may lie between pixels of
+    /// a coarser level.
     ///
     /// # Errors
     /// [`SlideError`] if the file is damaged there. The reader stays usable.
@@ -101,7 +102,8 @@ impl TileReader {
         let Self { path, source, cut, to_srgb, resizer, window, converted } = self;
         let rect = cut.rect(position);
         if cut.choice.resample.is_none() {
-            source.read(rect, rgb)?;
+            let view = cut.view(position);
+            source.read_from(rect, (view.left - rect.x as f64, view.top - rect.y as f64), rgb)?;
         } else {
             let shift = source.read(rect, window)?;
             let view = cut.view(position);

@@ -36,6 +36,15 @@ pub(super) trait LevelSource: fmt::Debug + Send {
     /// # Errors
     /// [`SlideError::Read`] if the file is damaged there; `rgb` is then undefined, and the source stays usable.
     fn read(&mut self, rect: LevelRect, rgb: &mut Vec<u8>) -> Result<Shift, SlideError>;
+
+    /// Reads a rectangle whose exact start lies `fraction` of a pixel beyond `rect`'s, along x and y, each at most a half. A
+    /// source that can't read between pixels takes the nearest ones.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read).
+    fn read_from(&mut self, rect: LevelRect, _fraction: (f64, f64), rgb: &mut Vec<u8>) -> Result<(), SlideError> {
+        self.read(rect, rgb).map(drop)
+    }
 }
 
 /// Opens `count` sources of a level, which together will read each of `planned` once. Other rectangles may be read too,

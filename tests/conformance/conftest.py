@@ -51,7 +51,9 @@ def slidestream(tmp_path_factory):
         out = tmp_path_factory.mktemp("out")
         binary = os.environ.get("SLIDESTREAM", ROOT / "target/debug/slidestream")
         quiet = ["--quiet", "--device", "cpu", "--provider", "cpu"] if command == "run" else []
-        line = [binary, command, slide, "--out", out, *quiet, *arguments]
+        # The references read through OpenSlide: what is compared bit for bit does so too.
+        reader = [] if "--reader" in arguments else ["--reader", "openslide"]
+        line = [binary, command, slide, "--out", out, *quiet, *reader, *arguments]
         done = subprocess.run([str(word) for word in line], cwd=ROOT, text=True, capture_output=True, timeout=300)
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return Results(out, openslide.OpenSlide(slide), Path(slide).stem)

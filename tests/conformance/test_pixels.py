@@ -64,6 +64,16 @@ def test_tiles_of_a_level_equal_read_region(request, tiles_of, name, mpp, level,
         assert difference[is_partial].max(initial=0) <= 2, f"tile at {x},{y}"
 
 
+@pytest.mark.parametrize(("name", "mpp", "level"), [("svs", 0.5, 0), ("even_slide", 0.5, 1)])
+def test_the_native_reader_agrees_with_read_region(request, tiles_of, name, mpp, level):
+    """To within what two sound JPEG decoders round differently."""
+    results, rects, tiles = tiles_of(request.getfixturevalue(name), mpp, "--region", "600,900,512,384", "--reader", "native")
+    assert results.record()["reading"]["reader"] == "native"
+    for (x, y, *_), tile in zip(rects, tiles):
+        difference = np.abs(tile - reference.region(results.slide, (int(x), int(y)), level, (TILE, TILE)))
+        assert difference.max() <= 4 and difference.mean() <= 0.5, f"tile at {x},{y}"
+
+
 @pytest.mark.parametrize(
     ("name", "mpp", "where", "tolerance"),
     [
