@@ -119,7 +119,8 @@ fn stitch_and_write(plan: &SlidePlan, card: &ModelCard, predictions: &[Predictio
         let start = Instant::now();
         match prediction {
             Prediction::Map(map) => {
-                stitcher.place_map(*position, map.index_axis(Axis(0), 0), |strip| emit(strip, &mut used));
+                let map = map.index_axis(Axis(0), 0);
+                stitcher.place_maps(&[(*position, map)], |strip| emit(strip, &mut used));
             }
             Prediction::Classes(values) | Prediction::Features(values) => {
                 let values = values.row(0).to_vec();

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 use ndarray::{ArrayView3, Axis};
+use rayon::prelude::*;
 
 use super::EngineError;
 use super::config::OnFailure;
@@ -174,46 +175,47 @@ pub(super) struct Stitch {
 
 impl Stitch {
     fn place(&mut self, batch: PredictedBatch, out: &mut Outlet<'_, Placed>) {
-        let mut row_of = vec![None; batch.tiles.len()];
-        for (row, tile) in batch.readable.iter().enumerate() {
-            row_of[*tile] = Some(row);
-        }
-        for (tile, row) in batch.tiles.into_iter().zip(row_of) {
+        let PredictedBatch { tiles, prediction, readable, .. } = batch;
+        let rows = readable.iter().map(|tile| &tiles[*tile]).enumerate();
+        let rows: Vec<(usize, TilePosition)> =
+            rows.filter(|(_, tile)| tile.failure.is_none()).map(|(row, tile)| (row, tile.position)).collect();
+        let values = prediction.map(|prediction| self.place_rows(&prediction, &rows, out));
+        let mut values = values.unwrap_or_default().into_iter();
+        for tile in tiles {
             let rect = self.plane.level0_rect(tile.position);
-            let placed = match (tile.failure, &batch.prediction, row) {
-                (None, Some(prediction), Some(row)) => {
-                    Placed::Tile { rect, values: self.place_row(tile.position, prediction, row, out) }
-                }
-                (failure, ..) => Placed::Failed { rect, reason: failure.unwrap_or_default() },
-            };
-            out.send(placed);
+            out.send(match tile.failure {
+                Some(reason) => Placed::Failed { rect, reason },
+                None => Placed::Tile { rect, values: values.next().unwrap_or_default() },
+            });
             // The source is gone once it has handed out all tiles; then nobody needs the buffer.
             self.pool.try_send(tile.pixels).ok();
         }
     }
 
-    /// Puts one tile's result on the map; returns its values for the tile table.
-    fn place_row(
+    /// Puts tiles' results, rows of a prediction, on the map; returns the tiles' values for the table.
+    fn place_rows(
         &mut self,
-        at: TilePosition,
         prediction: &Prediction,
-        row: usize,
+        rows: &[(usize, TilePosition)],
         out: &mut Outlet<'_, Placed>,
-    ) -> Vec<f32> {
-        let emit = |strip| out.send(Placed::Strip(strip));
+    ) -> Vec<Vec<f32>> {
+        let mut emit = |strip| out.send(Placed::Strip(strip));
         match (prediction, &mut self.stitcher) {
-            (Prediction::Classes(all), Some(stitcher)) => {
-                let values = all.row(row).to_vec();
-                stitcher.place_classes(at, &values, emit);
+            (Prediction::Map(all), Some(stitcher)) => {
+                let maps: Vec<_> = rows.iter().map(|(row, at)| (*at, all.index_axis(Axis(0), *row))).collect();
+                stitcher.place_maps(&maps, emit);
+                maps.par_iter().map(|(at, map)| self.mean_over_plane(*at, *map)).collect()
+            }
+            (Prediction::Map(_), None) => Vec::new(),
+            (Prediction::Features(all) | Prediction::Classes(all), stitcher) => {
+                let values: Vec<Vec<f32>> = rows.iter().map(|(row, _)| all.row(*row).to_vec()).collect();
+                if let Some(stitcher) = stitcher {
+                    for ((_, at), values) in rows.iter().zip(&values) {
+                        stitcher.place_classes(*at, values, &mut emit);
+                    }
+                }
                 values
             }
-            (Prediction::Map(all), Some(stitcher)) => {
-                let map = all.index_axis(Axis(0), row);
-                stitcher.place_map(at, map, emit);
-                self.mean_over_plane(at, map)
-            }
-            (Prediction::Features(all) | Prediction::Classes(all), _) => all.row(row).to_vec(),
-            (Prediction::Map(_), None) => Vec::new(),
         }
     }
 

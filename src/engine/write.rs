@@ -133,16 +133,17 @@ impl<'a> SlideFiles<'a> {
 
     /// Adds finished rows of the maps.
     pub(super) fn strip(&mut self, strip: &Strip) -> Result<(), EngineError> {
-        let Some(maps) = &mut self.maps else { return Ok(()) };
+        let Some(Maps { probabilities, classes, overview }) = &mut self.maps else { return Ok(()) };
         // Compressing is most of the work, and each map has its own file.
-        maps.probabilities
-            .par_iter_mut()
-            .enumerate()
-            .map(|(class, map)| map.push_rows(strip.probabilities_of(class)))
-            .chain(maps.classes.par_iter_mut().map(|classes| classes.push_rows(&strip.classes)))
-            .collect::<Result<(), _>>()?;
-        maps.overview.add(strip);
-        Ok(())
+        let push_rows = || {
+            let probabilities = probabilities.par_iter_mut().enumerate();
+            probabilities
+                .map(|(class, map)| map.push_rows(strip.probabilities_of(class)))
+                .chain(classes.par_iter_mut().map(|classes| classes.push_rows(&strip.classes)))
+                .collect::<Result<(), _>>()
+        };
+        let (pushed, ()) = rayon::join(push_rows, || overview.add(strip));
+        Ok(pushed?)
     }
 
     /// Completes all files under their final names.

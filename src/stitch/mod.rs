@@ -160,35 +160,36 @@ impl Stitcher {
         }
     }
 
-    /// Places one tile's map (`[class, tile, tile]`, 0..=1), blended with its neighbours by a smooth window.
+    /// Places tiles' maps (`[class, tile, tile]`, 0..=1), blended with their neighbours by a smooth window.
     ///
-    /// Tiles must come in ascending `(y, x)`; the rows above this tile leave through `emit`.
-    pub fn place_map(&mut self, at: TilePosition, map: ArrayView3<'_, f32>, emit: impl FnMut(Strip)) {
-        self.advance(at.plane_y, emit);
+    /// Tiles must come in ascending `(y, x)`, also from call to call; the rows above a tile leave through `emit`.
+    pub fn place_maps(&mut self, tiles: &[(TilePosition, ArrayView3<'_, f32>)], mut emit: impl FnMut(Strip)) {
+        for side_by_side in tiles.chunk_by(|(left, _), (right, _)| left.plane_y == right.plane_y) {
+            self.advance(side_by_side[0].0.plane_y, &mut emit);
+            self.place_side_by_side(side_by_side[0].0.plane_y, side_by_side);
+        }
+    }
+
+    /// Places the maps of tiles whose upper edges lie in one line.
+    fn place_side_by_side(&mut self, plane_y: i64, tiles: &[(TilePosition, ArrayView3<'_, f32>)]) {
         let size = i64::from(self.spec.plane.tile_size);
         // The part of the tile inside the plane: the rest is padding.
         let inside = |start: i64, extent: u64| {
             let extent = i64::try_from(extent).unwrap_or(i64::MAX);
             (-start).clamp(0, size)..(extent - start).clamp(0, size)
         };
-        let columns = inside(at.plane_x, self.width as u64);
-        if columns.is_empty() {
-            return;
-        }
         let index = |value: i64| usize::try_from(value).unwrap_or(0);
-        let (first, last) = (index(columns.start), index(columns.end));
-        let left = index(at.plane_x + columns.start);
-        let tile_rows = inside(at.plane_y, self.height);
-        let top = self.slot(u64::try_from(at.plane_y + tile_rows.start).unwrap_or(0));
+        let tile_rows = inside(plane_y, self.height);
+        let top = self.slot(u64::try_from(plane_y + tile_rows.start).unwrap_or(0));
         let (width, class_count, span) = (self.width, self.spec.class_count, self.rows.len());
         let window = &self.window;
-        // Each row of the tile lies in a row of the ring of its own.
-        let rows = self.rows.par_iter_mut().enumerate().with_min_len(ROWS_AT_A_TIME);
-        rows.for_each(|(slot, row)| {
-            let tile_row = index(tile_rows.start) + (slot + span - top) % span;
-            if tile_row >= index(tile_rows.end) {
+        let place = |row: &mut Row, tile_row: usize, at: TilePosition, map: &ArrayView3<'_, f32>| {
+            let columns = inside(at.plane_x, width as u64);
+            let (first, last) = (index(columns.start), index(columns.end));
+            if first >= last {
                 return;
             }
+            let left = index(at.plane_x + columns.start);
             row.prepare(width, class_count, left..left + last - first);
             let weight_y = window[tile_row];
             let weights = || window[first..last].iter().map(|weight| weight * weight_y);
@@ -202,6 +203,14 @@ impl Stitcher {
                 for ((sum, weight), value) in sums.iter_mut().zip(weights()).zip(&values[first..]) {
                     *sum += weight * quantise(*value);
                 }
+            }
+        };
+        // Each row of the tiles lies in a row of the ring of its own.
+        let rows = self.rows.par_iter_mut().enumerate().with_min_len(ROWS_AT_A_TIME.div_ceil(tiles.len()));
+        rows.for_each(|(slot, row)| {
+            let tile_row = index(tile_rows.start) + (slot + span - top) % span;
+            if tile_row < index(tile_rows.end) {
+                tiles.iter().for_each(|(at, map)| place(row, tile_row, *at, map));
             }
         });
     }
@@ -234,9 +243,8 @@ impl Stitcher {
         strip.first_row = self.first_row;
         strip.row_count = row_count;
         strip.width = width;
-        strip.probabilities.clear();
+        // What an earlier strip left there is overwritten.
         strip.probabilities.resize(cells * class_count, 0);
-        strip.classes.clear();
         strip.classes.resize(cells, 0);
         let slots: Vec<usize> = (0..row_count as u64).map(|row| self.slot(self.first_row + row)).collect();
         let Self { spec, rows, .. } = self;
@@ -303,6 +311,8 @@ impl Row {
 
     fn write_probabilities(&self, class: usize, out: &mut [u8]) {
         let (width, columns) = (self.weights.len(), self.touched.clone());
+        out[..columns.start].fill(0);
+        out[columns.end..].fill(0);
         let sums = &self.sums[class * width..][columns.clone()];
         for ((out, sum), scale) in out[columns.clone()].iter_mut().zip(sums).zip(&self.scales[columns]) {
             // The sum is a whole number below 2^28, and the product at most 255.
@@ -314,6 +324,8 @@ impl Row {
 
     fn write_classes(&self, class_count: usize, threshold: Option<f32>, out: &mut [u8]) {
         let (width, columns) = (self.weights.len(), self.touched.clone());
+        out[..columns.start].fill(0);
+        out[columns.end..].fill(0);
         let out = &mut out[columns.clone()];
         let weights = &self.weights[columns.clone()];
         // Class by class over whole rows: the loops over columns then run on vectors.
@@ -405,11 +417,12 @@ mod tests {
         }
     }
 
-    /// Stitches all tiles of a grid and puts the strips together.
+    /// Stitches all tiles of a grid, so many at once, and puts the strips together.
     fn stitch(
         spec: StitchSpec,
         grid: &TileGrid,
-        mut place: impl FnMut(&mut Stitcher, TilePosition, &mut dyn FnMut(Strip)),
+        at_once: usize,
+        mut place: impl FnMut(&mut Stitcher, &[TilePosition], &mut dyn FnMut(Strip)),
     ) -> (Vec<Vec<u8>>, Vec<u8>, Overview, Vec<u64>) {
         let mut stitcher = Stitcher::new(spec).unwrap();
         let mut overview = OverviewBuilder::new(&spec, 4).unwrap();
@@ -421,8 +434,9 @@ mod tests {
             classes.extend_from_slice(&strip.classes);
             overview.add(&strip);
         };
-        for coord in grid.coords() {
-            place(&mut stitcher, grid.position(coord), &mut emit);
+        let positions: Vec<TilePosition> = grid.coords().map(|coord| grid.position(coord)).collect();
+        for positions in positions.chunks(at_once) {
+            place(&mut stitcher, positions, &mut emit);
         }
         stitcher.finish(&mut emit);
         let (overview, counts) = overview.finish();
@@ -436,9 +450,9 @@ mod tests {
         let grid = TileGrid::new(plane, 0).unwrap();
         let spec = StitchSpec { plane, cell: 10, class_count: 2, overlap: 0, threshold: None };
         let mut k = 0u8;
-        let (probabilities, classes, overview, counts) = stitch(spec, &grid, |stitcher, at, emit| {
+        let (probabilities, classes, overview, counts) = stitch(spec, &grid, 1, |stitcher, at, emit| {
             let p = f32::from(k) / 10.0;
-            stitcher.place_classes(at, &[p, 1.0 - p], emit);
+            stitcher.place_classes(at[0], &[p, 1.0 - p], emit);
             k += 2;
         });
         // 0, 0.2, 0.4, 0.6, 0.8, 1.0 in steps of 1/255
@@ -457,8 +471,8 @@ mod tests {
         assert_eq!((grid.cols, grid.rows), (2, 1));
         let spec = StitchSpec { plane, cell: 5, class_count: 1, overlap: 5, threshold: Some(0.5) };
         let mut values = [1.0, 0.0].into_iter();
-        let (probabilities, classes, ..) = stitch(spec, &grid, |stitcher, at, emit| {
-            stitcher.place_classes(at, &[values.next().unwrap()], emit);
+        let (probabilities, classes, ..) = stitch(spec, &grid, 1, |stitcher, at, emit| {
+            stitcher.place_classes(at[0], &[values.next().unwrap()], emit);
         });
         assert_eq!(probabilities[0], [255, 128, 0, 255, 128, 0]);
         // 0.5 reaches the threshold of 0.5; below it a cell is of no class (class_count + 1).
@@ -485,7 +499,7 @@ mod tests {
         let mut stitcher = Stitcher::new(spec).unwrap();
         let map = Array3::from_elem((1, 8, 8), 1.0);
         let mut classes = Vec::new();
-        stitcher.place_map(plane.position(0, 200), map.view(), |strip| classes.extend(strip.classes));
+        stitcher.place_maps(&[(plane.position(0, 200), map.view())], |strip| classes.extend(strip.classes));
         stitcher.finish(|strip| classes.extend(strip.classes));
         assert_eq!(classes.len(), 8 * 300);
         let inferred: Vec<usize> = (0..300).filter(|row| classes[row * 8] == 1).collect();
@@ -503,6 +517,7 @@ mod tests {
         #[test]
         fn a_map_cut_into_tiles_comes_back(
             width in 1i64..90, height in 1i64..160, tile in 4u32..40, overlap_percent in 0u32..50, seed in 0u32..1000,
+            at_once in 1usize..9,
         ) {
             let plane = plane(width, height, tile);
             let overlap = tile * overlap_percent / 100;
@@ -513,14 +528,16 @@ mod tests {
                 let p = hash as f32 / 100.0;
                 if class == 0 { p } else { 1.0 - p }
             };
-            let (probabilities, classes, _, counts) = stitch(spec, &grid, |stitcher, at, emit| {
+            let (probabilities, classes, _, counts) = stitch(spec, &grid, at_once, |stitcher, positions, emit| {
                 let side = tile as usize;
-                let map = Array3::from_shape_fn((2, side, side), |(class, y, x)| {
+                let map = |at: &TilePosition| Array3::from_shape_fn((2, side, side), |(class, y, x)| {
                     let (y, x) = (at.plane_y + y as i64, at.plane_x + x as i64);
                     // Padding says something else: it must not reach the map.
                     if x < width && y < height { truth(class, y, x) } else { 0.123 }
                 });
-                stitcher.place_map(at, map.view(), emit);
+                let maps: Vec<Array3<f32>> = positions.iter().map(map).collect();
+                let tiles: Vec<_> = positions.iter().copied().zip(maps.iter().map(|map| map.view())).collect();
+                stitcher.place_maps(&tiles, emit);
             });
             prop_assert_eq!(counts.iter().sum::<u64>(), (width * height).cast_unsigned());
             for y in 0..height {

@@ -1,7 +1,14 @@
 //! The whole map at a size that fits memory and a screen, made from the strips as they pass; and the count of classes.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use super::{StitchSpec, Strip, map_size};
 use crate::geometry::PixelSize;
+
+/// Columns of the map that one core sums: enough work in a strip to be worth the hand-over.
+const BLOCK_COLUMNS: usize = 1024;
 
 /// The whole map at a size that fits memory and a screen, made from the strips as they pass.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,17 +32,29 @@ pub struct Overview {
 /// Builds an [`Overview`] and counts classes.
 #[derive(Debug)]
 pub struct OverviewBuilder {
+    /// Without its cells.
     overview: Overview,
+    blocks: Vec<Block>,
     factor: usize,
     threshold: Option<f32>,
-    /// Sums over the map's rows that the overview's next row is made of: `[class, map column]`, and how many of the
-    /// cells were inferred, `[map column]`.
-    sums: Vec<u32>,
-    counts: Vec<u32>,
     next_row: u64,
     map_height: u64,
-    /// Number of map cells of each class; the last one counts those of no class.
-    class_cells: Vec<u64>,
+}
+
+/// What becomes of neighbouring columns of the map: blocks are filled on all cores.
+#[derive(Debug)]
+struct Block {
+    /// Of the map; a multiple of the overview's factor, except at the right border.
+    columns: Range<usize>,
+    /// Sums over the map's rows that the overview's next row is made of: `[class, column]`, and how many of the cells
+    /// were inferred, `[column]`.
+    sums: Vec<u32>,
+    counts: Vec<u32>,
+    /// The finished rows: `[class][row, cell]` and `[row, cell]`.
+    probabilities: Vec<Vec<u8>>,
+    classes: Vec<u8>,
+    /// Number of map cells by their value in [`Strip::classes`].
+    cells: [u64; 256],
 }
 
 impl OverviewBuilder {
@@ -56,70 +75,149 @@ impl OverviewBuilder {
             probabilities: vec![Vec::with_capacity(width * height); spec.class_count],
             classes: Vec::with_capacity(width * height),
         };
-        Some(Self {
-            overview,
-            factor,
-            threshold: spec.threshold,
-            sums: vec![0; map_width * spec.class_count],
-            counts: vec![0; map_width],
-            next_row: 0,
-            map_height,
-            class_cells: vec![0; spec.class_count + 1],
-        })
+        let block_width = BLOCK_COLUMNS.div_ceil(factor) * factor;
+        let lefts = (0..map_width).step_by(block_width);
+        let blocks = lefts.map(|left| Block::new(left..map_width.min(left + block_width), spec.class_count)).collect();
+        Some(Self { overview, blocks, factor, threshold: spec.threshold, next_row: 0, map_height })
     }
 
     /// Adds the next rows; strips must come from top to bottom without a gap.
     pub fn add(&mut self, strip: &Strip) {
         debug_assert_eq!(strip.first_row, self.next_row, "strips come in order");
-        for row in 0..strip.row_count {
-            let columns = row * strip.width..(row + 1) * strip.width;
-            let classes = &strip.classes[columns.clone()];
-            if classes.iter().any(|class| *class > 0) {
-                for (count, class) in self.counts.iter_mut().zip(classes) {
-                    *count += u32::from(*class > 0);
-                }
-                let mut cells = [0u64; 256];
-                classes.iter().for_each(|class| cells[usize::from(*class)] += 1);
-                self.class_cells.iter_mut().zip(&cells[1..]).for_each(|(total, count)| *total += count);
-                for (class, sums) in self.sums.chunks_mut(strip.width).enumerate() {
-                    let values = &strip.probabilities_of(class)[columns.clone()];
-                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += u32::from(*value));
+        let Self { factor, threshold, next_row, map_height, .. } = *self;
+        self.blocks.par_iter_mut().for_each(|block| {
+            for row in 0..strip.row_count {
+                block.add_row(strip, row);
+                let end = next_row + row as u64 + 1;
+                if end.is_multiple_of(factor as u64) || end == map_height {
+                    block.end_row(factor, threshold);
                 }
             }
-            self.next_row += 1;
-            if self.next_row.is_multiple_of(self.factor as u64) || self.next_row == self.map_height {
-                self.end_row();
-            }
-        }
-    }
-
-    fn end_row(&mut self) {
-        let (map_width, class_count) = (self.counts.len(), self.overview.probabilities.len());
-        for left in (0..map_width).step_by(self.factor) {
-            let columns = left..(left + self.factor).min(map_width);
-            let count: u32 = self.counts[columns.clone()].iter().sum();
-            let (mut best, mut best_mean) = (class_count, 0);
-            for class in 0..class_count {
-                let sum: u32 = self.sums[class * map_width..][columns.clone()].iter().sum();
-                let mean = (sum + count / 2).checked_div(count).unwrap_or(0);
-                if best == class_count || mean > best_mean {
-                    (best, best_mean) = (class, mean);
-                }
-                self.overview.probabilities[class].push(u8::try_from(mean).unwrap_or(u8::MAX));
-            }
-            if self.threshold.is_some_and(|p| (best_mean as f32) < p * 255.0) {
-                best = class_count;
-            }
-            let class = u8::try_from(best).map_or(u8::MAX, |class| class + 1);
-            self.overview.classes.push(if count == 0 { 0 } else { class });
-        }
-        self.sums.fill(0);
-        self.counts.fill(0);
+        });
+        self.next_row += strip.row_count as u64;
     }
 
     /// The overview, and the number of map cells of each class (the last number: inferred, but of no class).
     #[must_use]
     pub fn finish(self) -> (Overview, Vec<u64>) {
-        (self.overview, self.class_cells)
+        let Self { mut overview, blocks, factor, .. } = self;
+        let cells = |value: usize| blocks.iter().map(|block| block.cells[value]).sum();
+        let class_cells = (1..overview.probabilities.len() + 2).map(cells).collect();
+        for row in 0..overview.height {
+            for block in &blocks {
+                let width = block.columns.len().div_ceil(factor);
+                let part = row * width..(row + 1) * width;
+                overview.classes.extend_from_slice(&block.classes[part.clone()]);
+                for (all, of_block) in overview.probabilities.iter_mut().zip(&block.probabilities) {
+                    all.extend_from_slice(&of_block[part.clone()]);
+                }
+            }
+        }
+        (overview, class_cells)
+    }
+}
+
+impl Block {
+    fn new(columns: Range<usize>, class_count: usize) -> Self {
+        Self {
+            sums: vec![0; columns.len() * class_count],
+            counts: vec![0; columns.len()],
+            columns,
+            probabilities: vec![Vec::new(); class_count],
+            classes: Vec::new(),
+            cells: [0; 256],
+        }
+    }
+
+    fn add_row(&mut self, strip: &Strip, row: usize) {
+        let columns = row * strip.width + self.columns.start..row * strip.width + self.columns.end;
+        let classes = &strip.classes[columns.clone()];
+        if classes.iter().all(|class| *class == 0) {
+            return;
+        }
+        for (count, class) in self.counts.iter_mut().zip(classes) {
+            *count += u32::from(*class > 0);
+        }
+        classes.iter().for_each(|class| self.cells[usize::from(*class)] += 1);
+        for (class, sums) in self.sums.chunks_mut(self.columns.len()).enumerate() {
+            let values = &strip.probabilities_of(class)[columns.clone()];
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += u32::from(*value));
+        }
+    }
+
+    fn end_row(&mut self, factor: usize, threshold: Option<f32>) {
+        let (width, class_count) = (self.counts.len(), self.probabilities.len());
+        for left in (0..width).step_by(factor) {
+            let columns = left..(left + factor).min(width);
+            let count: u32 = self.counts[columns.clone()].iter().sum();
+            let (mut best, mut best_mean) = (class_count, 0);
+            for class in 0..class_count {
+                let sum: u32 = self.sums[class * width..][columns.clone()].iter().sum();
+                let mean = (sum + count / 2).checked_div(count).unwrap_or(0);
+                if best == class_count || mean > best_mean {
+                    (best, best_mean) = (class, mean);
+                }
+                self.probabilities[class].push(u8::try_from(mean).unwrap_or(u8::MAX));
+            }
+            if threshold.is_some_and(|p| (best_mean as f32) < p * 255.0) {
+                best = class_count;
+            }
+            let class = u8::try_from(best).map_or(u8::MAX, |class| class + 1);
+            self.classes.push(if count == 0 { 0 } else { class });
+        }
+        self.sums.fill(0);
+        self.counts.fill(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{Level0Rect, Mpp, PixelSize, TilePlane};
+
+    #[test]
+    fn blocks_of_columns_make_one_overview() {
+        let (width, height) = (2 * BLOCK_COLUMNS + 301, 8);
+        let plane = TilePlane {
+            region: Level0Rect { x: 0, y: 0, width: width as i64, height: height as i64 },
+            downsample_x: 1.0,
+            downsample_y: 1.0,
+            pixel_size: PixelSize::square(Mpp::new(0.5).unwrap()),
+            tile_size: 64,
+        };
+        let spec = StitchSpec { plane, cell: 1, class_count: 2, overlap: 0, threshold: None };
+        let factor = 3;
+        let mut builder = OverviewBuilder::new(&spec, width.div_ceil(factor)).unwrap();
+        // Every tenth column was not inferred; class 0 falls from left to right.
+        let is_inferred = |x: usize| !x.is_multiple_of(10);
+        let level = |x: usize, y: usize| if is_inferred(x) { u8::try_from(255 - x / 12 - y).unwrap() } else { 0 };
+        let class = |x: usize, y: usize| u8::from(is_inferred(x)) * if level(x, y) >= 128 { 1 } else { 2 };
+        for (first_row, row_count) in [(0, 5), (5, 3)] {
+            let all = |value: &dyn Fn(usize, usize) -> u8| -> Vec<u8> {
+                (first_row..first_row + row_count)
+                    .flat_map(|y| (0..width).map(move |x| (x, y)))
+                    .map(|(x, y)| value(x, y))
+                    .collect()
+            };
+            let rest = |x: usize, y: usize| if is_inferred(x) { 255 - level(x, y) } else { 0 };
+            let probabilities = [all(&level), all(&rest)].concat();
+            builder.add(&Strip { first_row: first_row as u64, row_count, width, probabilities, classes: all(&class) });
+        }
+        let (overview, counts) = builder.finish();
+        assert_eq!((overview.width, overview.height), (width.div_ceil(factor), 3));
+        for cell in 0..overview.width * overview.height {
+            let (left, top) = (cell % overview.width * factor, cell / overview.width * factor);
+            let cells =
+                (top..height.min(top + factor)).flat_map(|y| (left..width.min(left + factor)).map(move |x| (x, y)));
+            let levels: Vec<usize> =
+                cells.filter(|(x, _)| is_inferred(*x)).map(|(x, y)| usize::from(level(x, y))).collect();
+            let mean = (levels.iter().sum::<usize>() + levels.len() / 2) / levels.len();
+            assert_eq!(usize::from(overview.probabilities[0][cell]), mean, "cell {cell}");
+            assert_eq!(overview.classes[cell], if mean >= 128 { 1 } else { 2 }, "cell {cell}");
+        }
+        let of_class = |wanted: u8| {
+            (0..height).flat_map(|y| (0..width).map(move |x| (x, y))).filter(|(x, y)| class(*x, *y) == wanted).count()
+        };
+        assert_eq!(counts, [of_class(1) as u64, of_class(2) as u64, 0]);
     }
 }

@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ndarray::Axis;
-
 use crate::engine::config::{Emit, OnFailure, RunConfig, TilingConfig};
 use crate::engine::plan::{self, SlidePlan};
 use crate::engine::stitch_spec;
@@ -99,16 +97,17 @@ impl Course {
             let prediction = session.predict(&filled)?;
             clock(1);
             if let (Some(stitcher), Some(map)) = (&mut stitcher, &mut map) {
-                for (row, position) in positions.iter().enumerate() {
-                    match &prediction {
-                        Prediction::Classes(all) => {
-                            stitcher.place_classes(*position, &all.row(row).to_vec(), |strip| map.add(&strip));
+                match &prediction {
+                    Prediction::Classes(all) => {
+                        for (position, values) in positions.iter().zip(all.outer_iter()) {
+                            stitcher.place_classes(*position, &values.to_vec(), |strip| map.add(&strip));
                         }
-                        Prediction::Map(all) => {
-                            stitcher.place_map(*position, all.index_axis(Axis(0), row), |strip| map.add(&strip));
-                        }
-                        Prediction::Features(_) => {}
                     }
+                    Prediction::Map(all) => {
+                        let tiles: Vec<_> = positions.iter().copied().zip(all.outer_iter()).collect();
+                        stitcher.place_maps(&tiles, |strip| map.add(&strip));
+                    }
+                    Prediction::Features(_) => {}
                 }
             }
             clock(2);
