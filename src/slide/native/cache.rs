@@ -77,6 +77,11 @@ impl TileCache {
         Ok(pending.fill(buffer))
     }
 
+    /// Whether a thread decodes the tile just now.
+    pub(super) fn is_pending(&self, tile: u32) -> bool {
+        matches!(self.lock().slots.get(&tile), Some(Slot::Pending))
+    }
+
     /// Counts a planned read of a tile that will not come any more.
     pub(super) fn forgo(&self, tile: u32) {
         let mut state = self.lock();

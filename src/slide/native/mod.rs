@@ -133,10 +133,10 @@ impl LevelSource for NativeSource {
             fill(rgb, level.background);
         }
         let mut failure = None;
-        for (tile, part) in overlaps(tiled, rect) {
+        let mut place = |tile: u32, part: &Overlap| {
             if failure.is_some() {
                 level.cache.forgo(tile);
-                continue;
+                return;
             }
             let out = &mut rgb[part.out_y * row_bytes..];
             match level.tile(tile, data, scratch) {
@@ -154,7 +154,16 @@ impl LevelSource for NativeSource {
                     failure = Some(DecodeError::Native { tile, source });
                 }
             }
+        };
+        // What another thread is about to have, comes last: there is no waiting while there is something to decode.
+        let mut elsewhere = Vec::new();
+        for (tile, part) in overlaps(tiled, rect) {
+            match level.cache.is_pending(tile) {
+                true => elsewhere.push((tile, part)),
+                false => place(tile, &part),
+            }
         }
+        elsewhere.iter().for_each(|(tile, part)| place(*tile, part));
         match failure {
             None => Ok(Shift::default()),
             Some(source) => {
