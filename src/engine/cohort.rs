@@ -305,8 +305,11 @@ impl Cohort<'_> {
         tiling: &TilingConfig,
         redone_because: Option<&str>,
     ) -> Result<(), EngineError> {
-        let slide = Slide::open(&input.path, tiling.reader)?;
-        let plan = plan::plan(slide, tiling)?;
+        let Self { engine, .. } = self;
+        let (plan, warmed_up) =
+            rayon::join(|| plan::plan(Slide::open(&input.path, tiling.reader)?, tiling), || engine.warm_up());
+        let plan = plan?;
+        warmed_up?;
         if self.cancel.is_cancelled() {
             return Err(EngineError::Cancelled);
         }

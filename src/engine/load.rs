@@ -105,7 +105,7 @@ impl Engine {
             sessions: sessions.len(),
             threads_per_session: intra_threads.map_or(cores, NonZeroUsize::get),
         };
-        Ok(Self { card, config, sessions, factories, readers, batch_size, model, execution })
+        Ok(Self { card, config, sessions, factories, readers, batch_size, is_warm: false, model, execution })
     }
 
     /// The model that was loaded.

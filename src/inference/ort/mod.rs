@@ -136,6 +136,12 @@ impl SessionFactory {
         self.shared.contract.fixed_batch
     }
 
+    /// Whether its sessions run on a GPU.
+    #[must_use]
+    pub fn runs_on_gpu(&self) -> bool {
+        matches!(self.shared.options.device, Device::Cuda { .. })
+    }
+
     /// Names of the variant's options that are for another provider and were left out.
     #[must_use]
     pub fn ignored_options(&self) -> &[String] {
