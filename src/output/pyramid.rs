@@ -79,6 +79,8 @@ struct LevelBand {
     rows: usize,
     /// Less than one row of tiles, `[rows, width]`.
     pixels: Vec<u8>,
+    /// Memory for the reduction of a row of tiles.
+    reduced: Vec<u8>,
 }
 
 impl PyramidWriter {
@@ -104,6 +106,7 @@ impl PyramidWriter {
                 height: height as usize,
                 rows: 0,
                 pixels: Vec::new(),
+                reduced: Vec::new(),
             });
         }
         Ok(Self {
@@ -179,8 +182,10 @@ impl PyramidWriter {
             self.write_tile(page, &tile).map_err(tiff_error(&self.path))?;
         }
         if index + 1 < self.levels.len() {
-            let reduced = reduced(&pixels, width, self.reduce);
-            self.push(index + 1, &reduced)?;
+            let mut halved = std::mem::take(&mut self.levels[index].reduced);
+            reduce(&pixels, width, self.reduce, &mut halved);
+            self.push(index + 1, &halved)?;
+            self.levels[index].reduced = halved;
         }
         // The memory is kept for the next band.
         self.levels[index].pixels = pixels;
@@ -279,16 +284,16 @@ impl TileEncoder {
     }
 }
 
-/// Halves a band of rows; a last odd row or column is reduced by itself.
-fn reduced(pixels: &[u8], width: usize, reduce: Reduce) -> Vec<u8> {
-    match reduce {
-        Reduce::Mean => reduced_by(pixels, width, mean),
-        Reduce::Mode => reduced_by(pixels, width, mode),
+/// Halves a band of rows into `out`; a last odd row or column is reduced by itself.
+fn reduce(pixels: &[u8], width: usize, how: Reduce, out: &mut Vec<u8>) {
+    match how {
+        Reduce::Mean => reduce_by(pixels, width, mean, out),
+        Reduce::Mode => reduce_by(pixels, width, mode, out),
     }
 }
 
-fn reduced_by(pixels: &[u8], width: usize, reduce: impl Fn([u8; 4]) -> u8 + Sync) -> Vec<u8> {
-    let mut out = vec![0; (pixels.len() / width).div_ceil(2) * width.div_ceil(2)];
+fn reduce_by(pixels: &[u8], width: usize, reduce: impl Fn([u8; 4]) -> u8 + Sync, out: &mut Vec<u8>) {
+    out.resize((pixels.len() / width).div_ceil(2) * width.div_ceil(2), 0);
     out.par_chunks_exact_mut(width.div_ceil(2)).zip(pixels.par_chunks(2 * width)).for_each(|(out, pair)| {
         let upper = &pair[..width];
         // Repeating the last row or column leaves mean and mode of what exists as they are.
@@ -302,7 +307,6 @@ fn reduced_by(pixels: &[u8], width: usize, reduce: impl Fn([u8; 4]) -> u8 + Sync
             *out = reduce([a[0], a[1], b[0], b[1]]);
         }
     });
-    out
 }
 
 fn mean(four: [u8; 4]) -> u8 {
@@ -420,6 +424,13 @@ mod tests {
         }
     }
 
+    fn halved(pixels: &[u8], width: usize, how: Reduce) -> Vec<u8> {
+        // What another row of tiles left there is overwritten.
+        let mut out = vec![99; 3];
+        reduce(pixels, width, how, &mut out);
+        out
+    }
+
     #[test]
     fn four_values_become_one() {
         for (four, want_mean, want_mode) in [
@@ -442,8 +453,8 @@ mod tests {
     fn odd_borders_are_reduced_from_what_exists() {
         // 3 × 3: the last column and row have one neighbour, the corner none.
         let pixels = [10, 20, 50, 30, 40, 70, 5, 6, 9];
-        assert_eq!(reduced(&pixels, 3, Reduce::Mean), [25, 60, 6, 9]);
-        assert_eq!(reduced(&[7, 8, 9], 1, Reduce::Mean), [8, 9]);
+        assert_eq!(halved(&pixels, 3, Reduce::Mean), [25, 60, 6, 9]);
+        assert_eq!(halved(&[7, 8, 9], 1, Reduce::Mean), [8, 9]);
     }
 
     #[test]
@@ -520,7 +531,7 @@ mod tests {
             prop_assert_eq!(&levels[0], &((width, height), pixels));
             for pair in levels.windows(2) {
                 let ((width, _), above) = &pair[0];
-                prop_assert_eq!(&pair[1].1, &reduced(above, *width as usize, reduce));
+                prop_assert_eq!(&pair[1].1, &halved(above, *width as usize, reduce));
             }
             let (top_width, top_height) = levels[levels.len() - 1].0;
             prop_assert!(top_width.max(top_height) <= MAX_TOP_SIDE);

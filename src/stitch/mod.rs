@@ -26,6 +26,8 @@ const AXIS_WEIGHT: u32 = 64;
 const STRIP_ROWS: usize = 64;
 /// Rows of a tile that one core places: some microseconds of work, or the hand-over costs more.
 const ROWS_AT_A_TIME: usize = 32;
+/// Columns of a row that are finished together.
+const PIECE: usize = 1024;
 
 /// What is stitched.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,10 +95,16 @@ struct Row {
     /// `[class, column]`.
     sums: Vec<u32>,
     weights: Vec<u32>,
-    /// What a sum is multiplied with to be a probability of 0..=255; made once the row is complete.
-    scales: Vec<f32>,
     /// The columns that tiles cover, and perhaps some between them.
     touched: Range<usize>,
+}
+
+/// The lines of a strip that one row becomes.
+struct Lines<'a> {
+    /// `[column]`, as in [`Strip::classes`].
+    classes: &'a mut [u8],
+    /// `[class][column]`.
+    probabilities: Vec<&'a mut [u8]>,
 }
 
 impl Stitcher {
@@ -246,16 +254,24 @@ impl Stitcher {
         // What an earlier strip left there is overwritten.
         strip.probabilities.resize(cells * class_count, 0);
         strip.classes.resize(cells, 0);
-        let slots: Vec<usize> = (0..row_count as u64).map(|row| self.slot(self.first_row + row)).collect();
-        let Self { spec, rows, .. } = self;
-        let leaves = |(slot, _): &(usize, &mut Row)| slots.contains(slot);
-        rows.par_iter_mut().enumerate().filter(leaves).for_each(|(_, row)| row.complete());
-        // Every line of the strip is made from one row, whatever the others hold.
-        let lines = strip.probabilities.par_chunks_mut(width.max(1)).enumerate();
-        lines.for_each(|(line, out)| rows[slots[line % row_count]].write_probabilities(line / row_count, out));
-        let lines = strip.classes.par_chunks_mut(width.max(1)).zip(&slots);
-        lines.for_each(|(out, slot)| rows[*slot].write_classes(class_count, spec.threshold, out));
-        rows.par_iter_mut().enumerate().filter(leaves).for_each(|(_, row)| row.clear());
+        // Each row is written and emptied while it lies in a core's cache.
+        let first_slot = self.slot(self.first_row);
+        let span = self.rows.len();
+        let mut lines: Vec<Option<Lines<'_>>> = (0..span).map(|_| None).collect();
+        for (line, classes) in strip.classes.chunks_exact_mut(width.max(1)).enumerate() {
+            lines[(first_slot + line) % span] = Some(Lines { classes, probabilities: Vec::with_capacity(class_count) });
+        }
+        for (line, values) in strip.probabilities.chunks_exact_mut(width.max(1)).enumerate() {
+            if let Some(lines) = &mut lines[(first_slot + line % row_count) % span] {
+                lines.probabilities.push(values);
+            }
+        }
+        let threshold = self.spec.threshold;
+        self.rows.par_iter_mut().zip(lines).for_each(|(row, lines)| {
+            if let Some(lines) = lines {
+                row.leave(lines, threshold);
+            }
+        });
         self.first_row += row_count as u64;
         strip
     }
@@ -300,63 +316,57 @@ impl Row {
         self.touch(columns);
     }
 
-    /// Notes that no more tiles will come.
-    fn complete(&mut self) {
-        let columns = self.touched.clone();
-        self.scales.resize(self.weights.len(), 0.0);
-        for (scale, weight) in self.scales[columns.clone()].iter_mut().zip(&self.weights[columns]) {
-            *scale = 255.0 / PROBABILITY_STEPS / (*weight).max(1) as f32;
+    /// Writes what the tiles said, now that no more will come, and empties the row.
+    fn leave(&mut self, lines: Lines<'_>, threshold: Option<f32>) {
+        let Lines { classes, mut probabilities } = lines;
+        let (width, touched) = (self.weights.len(), std::mem::take(&mut self.touched));
+        for line in probabilities.iter_mut().map(|line| &mut **line).chain([&mut *classes]) {
+            line[..touched.start].fill(0);
+            line[touched.end..].fill(0);
         }
-    }
-
-    fn write_probabilities(&self, class: usize, out: &mut [u8]) {
-        let (width, columns) = (self.weights.len(), self.touched.clone());
-        out[..columns.start].fill(0);
-        out[columns.end..].fill(0);
-        let sums = &self.sums[class * width..][columns.clone()];
-        for ((out, sum), scale) in out[columns.clone()].iter_mut().zip(sums).zip(&self.scales[columns]) {
-            // The sum is a whole number below 2^28, and the product at most 255.
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=255 by construction")]
-            let level = (*sum as f32 * scale + 0.5) as u8;
-            *out = level;
-        }
-    }
-
-    fn write_classes(&self, class_count: usize, threshold: Option<f32>, out: &mut [u8]) {
-        let (width, columns) = (self.weights.len(), self.touched.clone());
-        out[..columns.start].fill(0);
-        out[columns.end..].fill(0);
-        let out = &mut out[columns.clone()];
-        let weights = &self.weights[columns.clone()];
-        // Class by class over whole rows: the loops over columns then run on vectors.
-        let mut best = self.sums[columns.clone()].to_vec();
-        out.fill(1);
-        for class in 1..class_count {
-            let value = u8::try_from(class + 1).unwrap_or(u8::MAX);
-            let sums = &self.sums[class * width..][columns.clone()];
-            for ((out, best), sum) in out.iter_mut().zip(&mut best).zip(sums) {
-                *out = if sum > best { value } else { *out };
-                *best = (*best).max(*sum);
+        // Piece by piece, and class by class within it: the loops over columns run on vectors, and what they need stays
+        // close.
+        for left in touched.clone().step_by(PIECE) {
+            let columns = left..touched.end.min(left + PIECE);
+            let weights = &mut self.weights[columns.clone()];
+            let mut scales = [0.0; PIECE];
+            for (scale, weight) in scales.iter_mut().zip(&*weights) {
+                *scale = 255.0 / PROBABILITY_STEPS / (*weight).max(1) as f32;
             }
-        }
-        if let Some(threshold) = threshold {
-            let none = u8::try_from(class_count + 1).unwrap_or(u8::MAX);
-            for ((out, best), weight) in out.iter_mut().zip(&best).zip(weights) {
-                let is_reached = *best as f32 >= threshold * PROBABILITY_STEPS * *weight as f32;
-                *out = if is_reached { *out } else { none };
+            let mut best = [0; PIECE];
+            let classes = &mut classes[columns.clone()];
+            classes.fill(1);
+            for (class, line) in probabilities.iter_mut().enumerate() {
+                let sums = &mut self.sums[class * width..][columns.clone()];
+                for ((out, sum), scale) in line[columns.clone()].iter_mut().zip(&*sums).zip(&scales) {
+                    // The sum is a whole number below 2^28, and the product at most 255.
+                    #[expect(
+                        clippy::cast_possible_truncation,
+                        clippy::cast_sign_loss,
+                        reason = "0..=255 by construction"
+                    )]
+                    let level = (*sum as f32 * scale + 0.5) as u8;
+                    *out = level;
+                }
+                let value = u8::try_from(class + 1).unwrap_or(u8::MAX);
+                for ((out, best), sum) in classes.iter_mut().zip(&mut best).zip(&*sums) {
+                    *out = if *sum > *best { value } else { *out };
+                    *best = (*best).max(*sum);
+                }
+                sums.fill(0);
             }
+            if let Some(threshold) = threshold {
+                let none = u8::try_from(probabilities.len() + 1).unwrap_or(u8::MAX);
+                for ((out, best), weight) in classes.iter_mut().zip(&best).zip(&*weights) {
+                    let is_reached = *best as f32 >= threshold * PROBABILITY_STEPS * *weight as f32;
+                    *out = if is_reached { *out } else { none };
+                }
+            }
+            for (out, weight) in classes.iter_mut().zip(&*weights) {
+                *out = if *weight == 0 { 0 } else { *out };
+            }
+            weights.fill(0);
         }
-        for (out, weight) in out.iter_mut().zip(weights) {
-            *out = if *weight == 0 { 0 } else { *out };
-        }
-    }
-
-    fn clear(&mut self) {
-        let (width, columns) = (self.weights.len(), std::mem::take(&mut self.touched));
-        for sums in self.sums.chunks_mut(width.max(1)) {
-            sums[columns.clone()].fill(0);
-        }
-        self.weights[columns].fill(0);
     }
 
     /// Widens what counts as covered.
