@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Makes the models that every system runs, with random weights: the same numbers in the form that each wants.
+
+    make_models.py FOLDER
+
+Runs in the environment `tiatoolbox`. For each model FOLDER gets NAME.onnx, NAME.pt (TorchScript), NAME.pth (weights) and
+NAME.json (WSInfer's description); models.json tells parameters, FLOP of a tile, and how far ONNX and TorchScript are from
+PyTorch. Norms get statistics of real activations, and the logits of pictures of different colours are spread to a deviation
+of 1, so that a wrong pixel, or red for blue, shows in the probabilities.
+"""
+import json
+import pathlib
+import sys
+
+import onnxruntime
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import CLASSES, MODELS, MPP
+from networks import build, pictures, spread_logits
+
+
+@torch.no_grad()
+def trained_like(name, side):
+    torch.manual_seed(1)
+    net, head = build(name)
+    net.train()
+    for _ in range(10):
+        net(pictures(8, side))
+    net.eval()
+    spread_logits(net, head, side)
+    return net
+
+
+def description(name, side):
+    """What WSInfer wants to know of a model."""
+    scale = {"name": "Normalize", "arguments": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    steps = [{"name": "Resize", "arguments": {"size": side}}, {"name": "ToTensor"}, scale]
+    return {"spec_version": "1.0", "architecture": name, "name": name, "num_classes": len(CLASSES), "class_names": CLASSES,
+            "patch_size_pixels": side, "spacing_um_px": MPP, "transform": steps}
+
+
+@torch.no_grad()
+def export(name, side, folder):
+    net, images = trained_like(name, side), pictures(3, side)
+    path = str(folder / name)
+    torch.save(net.state_dict(), path + ".pth")
+    traced = torch.jit.trace(net, images)
+    traced.save(path + ".pt")
+    axes = {"input": {0: "batch"}, "output": {0: "batch"}}
+    # Not 17, whose LayerNormalization crashes the OpenVINO that FAST 4.18.0 brings.
+    torch.onnx.export(net, (images,), path + ".onnx", input_names=["input"], output_names=["output"], dynamic_axes=axes,
+                      opset_version=16, dynamo=False)
+    (folder / f"{name}.json").write_text(json.dumps(description(name, side), indent=1) + "\n")
+
+    expected = net(images)
+    session = onnxruntime.InferenceSession(path + ".onnx", providers=["CPUExecutionProvider"])
+    (of_onnx,) = session.run(None, {"input": images.numpy()})
+    with FlopCounterMode(display=False) as counter:
+        net(images[:1])
+    return {"parameters": sum(weights.numel() for weights in net.parameters()), "flop_per_tile": counter.get_total_flops(),
+            "onnx_from_pytorch": float((torch.from_numpy(of_onnx) - expected).abs().max()),
+            "torchscript_from_pytorch": float((traced(images) - expected).abs().max())}
+
+
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+made = {name: export(name, model.side, folder) for name, model in MODELS.items()}
+(folder / "models.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -1,0 +1,70 @@
+"""The systems: for each the command that runs a job, and the variables that it wants in its environment.
+
+A job has `slide`, `model`, `tiles` (the list) and `out`; every system leaves its table in OUT/model-outputs-csv. What a
+system can't do raises `Cannot`.
+"""
+from models import MODELS
+from prepare import HERE, Cannot
+
+
+def slidestream(setup, job, precision="fp32", more=()):
+    folder, variant = setup.variant(job.model, precision)
+    # Every system that gives maps writes them; a tile table alone would spare slidestream the stitching.
+    kinds = "csv,tiff" if MODELS[job.model].is_map else "csv"
+    return [setup.slidestream, "run", job.slide, "--model", folder, "--variant", variant, "--coords", job.tiles,
+            "--out", job.out, "--device", "cpu", "--quiet", "--emit", kinds, *more], {}
+
+
+def slidestream_int8(setup, job):
+    return slidestream(setup, job, "int8")
+
+
+def slidestream_openvino(setup, job):
+    command, _ = slidestream(setup, job, more=["--provider", "openvino"])
+    return command, {"ORT_DYLIB_PATH": str(setup.openvino())}
+
+
+def through_openslide(setup, job):
+    """Not timed: what slidestream finds on the pixels of the reader that the peers have."""
+    return slidestream(setup, job, more=["--reader", "openslide"])
+
+
+def script(setup, job):
+    # A network this small is faster on one thread, while the other cores read.
+    threads = "1" if job.model == "tinycnn" else "0"
+    return [setup.environment("script"), HERE / "run_script.py", *inputs(setup, job), threads], {}
+
+
+def wsinfer(setup, job):
+    if MODELS[job.model].is_map:
+        raise Cannot("WSInfer runs classifiers only")
+    return [setup.environment("wsinfer"), HERE / "run_wsinfer.py", *inputs(setup, job)], {"WSINFER_FORCE_CPU": "1"}
+
+
+def tiatoolbox(setup, job):
+    return [setup.environment("tiatoolbox"), HERE / "run_tiatoolbox.py", *inputs(setup, job)], {}
+
+
+def fast_openvino(setup, job):
+    return [setup.fast(), HERE / "run_fast.py", *inputs(setup, job), "OpenVINO"], {}
+
+
+def fast_onnxruntime(setup, job):
+    return [setup.fast(), HERE / "run_fast.py", *inputs(setup, job), "ONNXRuntime"], {}
+
+
+def inputs(setup, job):
+    return [job.slide, setup.models() / job.model, job.tiles, job.out]
+
+
+REFERENCE = "slidestream"
+SYSTEMS = {
+    REFERENCE: slidestream,
+    "slidestream-int8": slidestream_int8,
+    "slidestream-openvino": slidestream_openvino,
+    "script": script,
+    "wsinfer": wsinfer,
+    "tiatoolbox": tiatoolbox,
+    "fast-openvino": fast_openvino,
+    "fast-onnxruntime": fast_onnxruntime,
+}
