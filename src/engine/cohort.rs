@@ -308,11 +308,12 @@ impl Cohort<'_> {
         let Self { engine, .. } = self;
         let (plan, warmed_up) =
             rayon::join(|| plan::plan(Slide::open(&input.path, tiling.reader)?, tiling), || engine.warm_up());
-        let plan = plan?;
-        warmed_up?;
+        // A stop ends the warm-up with an error of its own.
         if self.cancel.is_cancelled() {
             return Err(EngineError::Cancelled);
         }
+        let plan = plan?;
+        warmed_up?;
         (self.observe)(&Event::SlidePlanned { id: &input.id, plan: &plan, redone_because });
         record.notes.clone_from(&plan.notes);
         record.reading = Some(reading(&plan));

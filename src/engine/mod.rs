@@ -44,6 +44,8 @@ use crate::stitch::{StitchSpec, Stitcher};
 const PROGRESS_STEP: u64 = 8;
 /// Items between two stages: enough to hide an uneven rate. The pool of buffers bounds what they hold in all.
 const QUEUE: NonZeroUsize = NonZeroUsize::new(8).unwrap();
+/// Batches with results between inference and stitching: maps are larger than the pixels that they were made from.
+const PREDICTIONS: NonZeroUsize = NonZeroUsize::new(2).unwrap();
 /// Buffers beyond those that the workers hold: with them small tiles pass 10 % faster, as a worker that has to wait for a
 /// core holds back nobody.
 const SPARE_BUFFERS: usize = 24;
@@ -108,17 +110,19 @@ impl Engine {
     /// Those of the session. That memory does not suffice is left to the slide, which lowers the batch.
     pub(crate) fn warm_up(&mut self) -> Result<(), EngineError> {
         let runs_on_gpu = self.factories.iter().any(SessionFactory::runs_on_gpu);
-        if !runs_on_gpu || std::mem::replace(&mut self.is_warm, true) {
+        if !runs_on_gpu || self.is_warm {
             return Ok(());
         }
         let side = self.card.tile_size as usize;
         let tile = vec![128; side * side * 3];
         let batch = vec![tile.as_slice(); self.batch_size.get()];
         let predicted = self.sessions.par_iter_mut().map(|session| session.predict(&batch).map(drop));
-        match predicted.collect() {
-            Err(SessionError::OutOfMemory { .. }) => Ok(()),
-            outcome => Ok(outcome?),
+        match predicted.collect::<Result<(), SessionError>>() {
+            Ok(()) => self.is_warm = true,
+            Err(SessionError::OutOfMemory { .. }) => {}
+            Err(error) => return Err(error.into()),
         }
+        Ok(())
     }
 
     /// Sends a slide's tiles through the stages and writes its files below `out`.
@@ -167,9 +171,7 @@ impl Engine {
         let converts_colours = readers.first().is_some_and(TileReader::converts_colours);
         let stitcher = spec.as_ref().map(|spec| Stitcher::new(*spec)).transpose()?;
 
-        // Every session may hold a batch and have one waiting, one batch is being put together, and each reader holds
-        // a tile and has one waiting.
-        let pool_size = batch_size.get() * (2 * sessions.len() + 2) + 2 * readers.len() + SPARE_BUFFERS;
+        let pool_size = buffer_count(batch_size, sessions.len(), readers.len());
         let (pool, free_buffers) = bounded(pool_size);
         for _ in 0..pool_size {
             pool.send(Vec::new()).ok();
@@ -201,7 +203,7 @@ impl Engine {
                 .source("plan", QUEUE, tiles)
                 .through("read", QUEUE, read)
                 .through("batch", QUEUE, vec![Group::new(batch_size)])
-                .through("infer", QUEUE, infer)
+                .through("infer", PREDICTIONS, infer)
                 .through("stitch", RESULTS, vec![stitch]);
             // Both closures of the fold need the files; they run one after the other.
             let files = std::cell::RefCell::new(files_ref);
@@ -238,6 +240,12 @@ impl Engine {
         let trace = trace.map(Trace::into_workers);
         Ok(SlideRun { results, stages, duration, batch_size, converts_colours, trace })
     }
+}
+
+/// Tiles that may be on their way: every session holds a batch and has one waiting, one batch is being put together, each
+/// reader holds a tile and has one waiting, and some are to spare.
+fn buffer_count(batch_size: NonZeroUsize, sessions: usize, readers: usize) -> usize {
+    batch_size.get() * (2 * sessions + 2) + 2 * readers + SPARE_BUFFERS
 }
 
 /// What a stage did, as it is written down.

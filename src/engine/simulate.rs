@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::bounded;
 
 use super::stages::{Group, Infer, Tile};
-use super::{Engine, EngineError, QUEUE, failed};
+use super::{Engine, EngineError, PREDICTIONS, QUEUE, buffer_count, failed};
 use crate::geometry::TilePosition;
 use crate::pipeline::{self, Cancel, StageStats};
 
@@ -44,7 +44,7 @@ impl Engine {
         let Self { sessions, batch_size, config, .. } = self;
         let batch_size = *batch_size;
         // As in a run; the buffers hold the tiles already, so that nothing is copied while the clock runs.
-        let pool_size = batch_size.get() * (2 * sessions.len() + 2);
+        let pool_size = buffer_count(batch_size, sessions.len(), 0);
         let (pool, free_buffers) = bounded(pool_size);
         for tile in tiles.iter().cycle().take(pool_size) {
             pool.send(tile.clone()).ok();
@@ -65,7 +65,7 @@ impl Engine {
             let predicted = line
                 .source("tiles", QUEUE, source)
                 .through("batch", QUEUE, vec![Group::new(batch_size)])
-                .through("infer", QUEUE, infer);
+                .through("infer", PREDICTIONS, infer);
             predicted.fold(
                 "results",
                 move |batch| {

@@ -328,18 +328,19 @@ impl OrtSession {
         }
     }
 
-    /// After the first batch: reads where its operators ran, and goes on without a profile.
-    fn read_placement(&mut self) -> Result<(), SessionError> {
-        let Some(folder) = self.profile.take() else { return Ok(()) };
-        let error = |source| SessionError::Placement { path: folder.path().to_owned(), source };
-        let file = self.session.end_profiling().map_err(|source| error(std::io::Error::other(source)))?;
-        let placement = Placement::read(Path::new(&file)).map_err(error)?;
-        let provider = self.shared.options.provider;
-        if let Some(nodes) = placement.heavy_on_cpu(provider) {
-            return Err(SessionError::HeavyOnCpu { path: self.shared.variant.file.clone(), provider, nodes });
+    /// After the first batch: reads where its operators ran, and goes on without a profile. After any: refuses to go on if
+    /// heavy ones run on the CPU.
+    fn check_placement(&mut self) -> Result<(), SessionError> {
+        let Shared { variant, options: SessionOptions { provider, .. }, placement, .. } = &*self.shared;
+        if let Some(folder) = self.profile.take() {
+            let error = |source| SessionError::Placement { path: folder.path().to_owned(), source };
+            let file = self.session.end_profiling().map_err(|source| error(std::io::Error::other(source)))?;
+            placement.set(Placement::read(Path::new(&file)).map_err(error)?).ok();
         }
-        self.shared.placement.set(placement).ok();
-        Ok(())
+        match placement.get().and_then(|placement| placement.heavy_on_cpu(*provider)) {
+            Some(nodes) => Err(SessionError::HeavyOnCpu { path: variant.file.clone(), provider: *provider, nodes }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -364,7 +365,7 @@ impl Session for OrtSession {
                 self.largest_batch = 0;
             }
             dims = ran?;
-            self.read_placement()?;
+            self.check_placement()?;
         }
         let [channels, height, width] = dims;
         let rows = |scores| Array2::from_shape_vec((tiles.len(), channels), scores);
