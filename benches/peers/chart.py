@@ -2,6 +2,7 @@
 import html
 
 PANEL_WIDTH, LABEL_WIDTH, VALUE_WIDTH, BAR, GAP, HEADING, MARGIN = 430, 140, 70, 16, 6, 34, 20
+LEAST_WIDTH = 760  # room for title and note
 OURS, OTHERS, TEXT, FAINT = "#b2182b", "#8da0b3", "#222222", "#777777"
 
 
@@ -31,7 +32,7 @@ def bars(left, top, heading, values, most):
 def chart(title, note, rows, most=None):
     """An SVG of rows of panels; a panel is (heading, values). All have one scale up to `most`, or each its own."""
     heights = [HEADING + max(len(values) for _, values in row) * (BAR + GAP) + MARGIN for row in rows]
-    width = MARGIN + max(map(len, rows)) * (PANEL_WIDTH + MARGIN)
+    width = max(LEAST_WIDTH, MARGIN + max(map(len, rows)) * (PANEL_WIDTH + MARGIN))
     height = 70 + sum(heights)
     parts = [text(MARGIN, 30, title, 17, more='font-weight="bold"'), text(MARGIN, 50, note, 12, FAINT)]
     top = 70
