@@ -64,7 +64,7 @@ pub struct Engine {
     readers: NonZeroUsize,
     /// Lowered when a device's memory does not suffice.
     batch_size: NonZeroUsize,
-    /// Whether the sessions have run a batch.
+    /// Whether the sessions on GPUs have run a batch.
     is_warm: bool,
     model: ModelRecord,
     execution: ExecutionRecord,
@@ -349,12 +349,15 @@ mod tests {
 
     /// Runs over a slide of 640 × 320 px: 50 tiles.
     fn run(engine: &mut Engine) -> (Status, crate::report::SlideRecord) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("slide.svs");
+        run_into(engine, tempfile::tempdir().unwrap().path())
+    }
+
+    fn run_into(engine: &mut Engine, folder: &Path) -> (Status, crate::report::SlideRecord) {
+        let path = folder.join("slide.svs");
         let options = SvsOptions { encoding: Encoding::Deflate, ..SvsOptions::default() };
         SyntheticSlide::new(640, 320, 1).write(&path, &options).unwrap();
         let slides = inputs::slides(&[path]).unwrap();
-        let out = OutputFolder::lock(&folder.path().join("out")).unwrap();
+        let out = OutputFolder::lock(&folder.join("out")).unwrap();
         let cancel = Cancel::default();
         let summary = cohort::run(engine, &slides, &out, CohortOptions::default(), &cancel, &mut |_| {}).unwrap();
         summary.slides.into_iter().next().unwrap()
@@ -379,6 +382,20 @@ mod tests {
         // Tile 13 of 10 columns is the fourth of the second row.
         assert_eq!(coverage.failed[0].rect, [3 * 64, 64, 64, 64]);
         assert!(coverage.failed[0].reason.contains("NaN or infinite"));
+    }
+
+    #[test]
+    fn a_tile_without_a_result_leaves_the_others_theirs() {
+        let rows = |fault| -> Vec<String> {
+            let folder = tempfile::tempdir().unwrap();
+            run_into(&mut engine(8, fault), folder.path());
+            let table = folder.path().join("out/model-outputs-csv/slide.csv");
+            std::fs::read_to_string(table).unwrap().lines().skip(1).map(str::to_owned).collect()
+        };
+        let mut expected = rows(None);
+        assert_eq!(expected.len(), 50);
+        expected.remove(13);
+        assert_eq!(rows(Some((13, Fault::NotFinite))), expected);
     }
 
     #[test]
