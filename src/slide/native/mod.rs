@@ -12,6 +12,9 @@ mod cache;
 mod decode;
 mod description;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets alone call it from outside"))]
+pub mod hostile;
 mod jpeg;
 pub(super) mod pyramid;
 mod tags;
