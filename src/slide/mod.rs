@@ -33,6 +33,8 @@ pub use self::discover::{Discovery, discover};
 pub use self::error::{DecodeError, SlideError};
 pub use self::level::{LevelChoice, Resample};
 pub use self::native::TileError;
+#[cfg(fuzzing)]
+pub use self::native::hostile;
 use self::native::pyramid::{Dialect, Pyramid};
 pub use self::reader::{ReadOptions, TileReader};
 pub use self::thumbnail::Thumbnail;
@@ -133,7 +135,7 @@ impl Slide {
             Ok(slide) => slide,
             // No format of OpenSlide's: perhaps one of ours.
             Err(error @ SlideError::NotASlide { .. }) if reader != Some(Reader::OpenSlide) => {
-                return match (native::pyramid_of(path), reader) {
+                return match (native::pyramid_of(path).and_then(Pyramid::without_openslide), reader) {
                     (Ok(pyramid), _) => Self::of_pyramid(path, pyramid),
                     (Err(reason), Some(_)) => Err(not_native(path, &reason)),
                     (Err(_), None) => Err(error),
@@ -187,11 +189,12 @@ impl Slide {
 
     /// The same slide read by the native reader; itself with the reason if that would not read it right.
     fn read_natively(self) -> Result<Self, (Box<Self>, String)> {
-        let pyramid = match native::pyramid_of(&self.path) {
+        let mut pyramid = match native::pyramid_of(&self.path) {
             Ok(pyramid) => pyramid,
             Err(error) => return Err((Box::new(self), error.to_string())),
         };
         let theirs: Vec<(u32, u32)> = self.levels.iter().map(|level| (level.width, level.height)).collect();
+        pyramid.crop(&theirs);
         let ours: Vec<(u32, u32)> = pyramid.levels.iter().map(|level| (level.width, level.height)).collect();
         // Of an OME-TIFF OpenSlide sees the first level alone: the others lie in sub-directories.
         let knows_more = pyramid.dialect == Dialect::Ome && ours.len() > 1 && theirs[..] == ours[..1];
@@ -343,7 +346,8 @@ pub fn detect(path: impl AsRef<Path>) -> Option<String> {
     let path = path.as_ref();
     // Opening a pipe would wait for its other end.
     crate::native::openslide().ok().filter(|_| path.is_file())?;
-    let by_us = || Some(native::pyramid_of(path).ok()?.dialect.as_str().to_owned());
+    let by_us =
+        || Some(native::pyramid_of(path).and_then(Pyramid::without_openslide).ok()?.dialect.as_str().to_owned());
     OpenSlide::detect_vendor(path).ok().or_else(by_us)
 }
 

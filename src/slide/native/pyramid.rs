@@ -64,6 +64,8 @@ pub(crate) enum Dialect {
     Aperio,
     /// OME-TIFF; levels are sub-directories.
     Ome,
+    /// Philips TIFF; levels are padded to whole tiles, and their true sizes lie in XML, which OpenSlide reads.
+    Philips,
     /// A plain pyramid of tiled images.
     Generic,
 }
@@ -74,6 +76,7 @@ impl Dialect {
         match self {
             Self::Aperio => "aperio",
             Self::Ome => "ome-tiff",
+            Self::Philips => "philips",
             Self::Generic => "generic-tiff",
         }
     }
@@ -163,7 +166,7 @@ impl Pyramid {
     ///
     /// # Errors
     /// [`PyramidError`] if the file is no TIFF, is of a kind whose levels mean something else than their pixels
-    /// (Leica, Philips, Trestle, Ventana, Hamamatsu), contradicts itself or points beyond its end.
+    /// (Leica, Trestle, Ventana, Hamamatsu), contradicts itself or points beyond its end.
     pub(crate) fn parse<R: Read + Seek>(mut file: R) -> Result<Self, PyramidError> {
         let header = Header::read(&mut file)?;
         header.check_entry_count(&mut file, header.first)?;
@@ -179,7 +182,7 @@ impl Pyramid {
         let mpp = match dialect {
             Dialect::Aperio => aperio_mpp(&description),
             Dialect::Ome => ome_mpp(&description),
-            Dialect::Generic => None,
+            Dialect::Philips | Dialect::Generic => None,
         };
         let mpp = match mpp {
             Some(mpp) => Some(mpp),
@@ -197,6 +200,35 @@ impl Pyramid {
             return Err(PyramidError::Unsupported("a coarse Aperio level with tiles left out".to_owned()));
         }
         Ok(Self { levels, dialect, mpp, description, icc_profile })
+    }
+
+    /// The pyramid, if it can be understood without OpenSlide.
+    ///
+    /// # Errors
+    /// [`PyramidError::Unsupported`] for Philips TIFF, whose levels are larger than they should be.
+    pub(crate) fn without_openslide(self) -> Result<Self, PyramidError> {
+        match self.dialect {
+            Dialect::Philips => {
+                Err(PyramidError::Unsupported("a Philips TIFF that OpenSlide does not open".to_owned()))
+            }
+            _ => Ok(self),
+        }
+    }
+
+    /// Takes the padding off the levels of a Philips TIFF. Of other files, and where the sizes are not those of levels
+    /// padded to whole tiles, nothing is changed.
+    pub(crate) fn crop(&mut self, sizes: &[(u32, u32)]) {
+        let is_padded = |(level, (width, height)): (&TiledLevel, &(u32, u32))| {
+            let tiles = |side: u32, tile: u32| side.div_ceil(tile);
+            tiles(level.width, level.tile_width) == tiles(*width, level.tile_width)
+                && tiles(level.height, level.tile_height) == tiles(*height, level.tile_height)
+        };
+        let fits = self.levels.len() == sizes.len() && self.levels.iter().zip(sizes).all(is_padded);
+        if self.dialect == Dialect::Philips && fits {
+            for (level, (width, height)) in self.levels.iter_mut().zip(sizes) {
+                (level.width, level.height) = (level.width.min(*width), level.height.min(*height));
+            }
+        }
     }
 }
 
@@ -310,11 +342,12 @@ impl<R: Read + Seek> Directories<R> {
         if description.starts_with("Aperio") {
             return Ok((Dialect::Aperio, description));
         }
+        if software.starts_with("Philips") || description.contains("<DataObject") {
+            return Ok((Dialect::Philips, description));
+        }
         // These cut, pad or overlap their levels, so that pixels are not where a plain pyramid has them.
         let vendor = if first.contains(NDPI_FORMAT) || make.starts_with("Hamamatsu") {
             Some("Hamamatsu NDPI")
-        } else if software.starts_with("Philips") || description.contains("<DataObject") {
-            Some("Philips TIFF")
         } else if software.starts_with("MedScan") {
             Some("Trestle TIFF")
         } else if description.contains("leica-microsystems") {
@@ -552,9 +585,30 @@ mod tests {
     }
 
     #[test]
+    fn the_padding_of_philips_levels_comes_off() {
+        // 100 × 60 px in tiles of 16 px.
+        let philips = || one_image(305, Values::Text("Philips DP v1.0")).unwrap();
+        assert_eq!((philips().dialect, sizes(&philips())), (Dialect::Philips, vec![(100, 60)]));
+        assert!(matches!(philips().without_openslide(), Err(PyramidError::Unsupported(_))));
+        let cropped = |sizes_of_openslide: &[(u32, u32)]| {
+            let mut pyramid = philips();
+            pyramid.crop(sizes_of_openslide);
+            sizes(&pyramid)
+        };
+        assert_eq!(cropped(&[(97, 49)]), [(97, 49)]);
+        // Another grid, more pixels than there are, another number of levels.
+        assert_eq!(cropped(&[(96, 49)]), [(100, 60)]);
+        assert_eq!(cropped(&[(112, 64)]), [(100, 60)]);
+        assert_eq!(cropped(&[(97, 49), (48, 24)]), [(100, 60)]);
+        let mut other = one_image(305, Values::Text("vips")).unwrap();
+        other.crop(&[(97, 49)]);
+        assert_eq!(sizes(&other), [(100, 60)]);
+        assert!(other.without_openslide().is_ok());
+    }
+
+    #[test]
     fn other_vendors_are_refused() {
         for (tag, text) in [
-            (305, "Philips DP v1.0"),
             (305, "MedScan"),
             (270, "<?xml?><scn xmlns=\"http://www.leica-microsystems.com/scn/2010/10/01\">"),
             (271, "Hamamatsu"),
