@@ -79,6 +79,10 @@ impl Progress {
                     "redone_because": redone_because,
                 }));
             }
+            Event::CoresSplit { reason } => {
+                self.line(reason);
+                self.record(json!({ "event": "cores split", "reason": reason }));
+            }
             Event::Progress { tiles } => self.tiles.set_position(*tiles),
             Event::SlideFinished { record, status } => {
                 self.slides.inc(1);

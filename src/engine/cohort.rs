@@ -57,6 +57,11 @@ pub enum Event<'a> {
         /// Why it is redone, if it was done before.
         redone_because: Option<&'a str>,
     },
+    /// It was found how many readers and sessions share the CPU.
+    CoresSplit {
+        /// How many, and why.
+        reason: &'a str,
+    },
     /// Tiles were done.
     Progress {
         /// Tiles so far.
@@ -324,6 +329,9 @@ impl Cohort<'_> {
             unsampled: plan.unsampled_tiles,
             failed: Vec::new(),
         });
+        if let Some(reason) = self.engine.split_cores(&plan)? {
+            (self.observe)(&Event::CoresSplit { reason: &reason });
+        }
         let asked = self.engine.batch_size;
         let mut progress = |tiles| (self.observe)(&Event::Progress { tiles });
         let conduct = Conduct { cancel: self.cancel, is_traced: self.options.profile };

@@ -94,6 +94,9 @@ impl Engine {
             None => smallest_batch(&factories, sessions_per_device)?,
         };
         let readers = request.readers.or(NonZeroUsize::new(cores)).unwrap_or(NonZeroUsize::MIN);
+        // On a GPU all cores are there for reading.
+        let is_split_due =
+            resolved.provider == Provider::Cpu && request.readers.is_none() && request.sessions.is_none();
         let model = model_record(&card, variant);
         let execution = ExecutionRecord {
             device: device::in_words(&resolved.devices),
@@ -105,7 +108,18 @@ impl Engine {
             sessions: sessions.len(),
             threads_per_session: intra_threads.map_or(cores, NonZeroUsize::get),
         };
-        Ok(Self { card, config, sessions, factories, readers, batch_size, is_warm: false, model, execution })
+        Ok(Self {
+            card,
+            config,
+            sessions,
+            factories,
+            readers,
+            is_split_due,
+            batch_size,
+            is_warm: false,
+            model,
+            execution,
+        })
     }
 
     /// The model that was loaded.

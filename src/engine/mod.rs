@@ -6,6 +6,7 @@
 mod bottleneck;
 pub mod cohort;
 pub mod config;
+mod cores;
 mod error;
 pub mod inputs;
 mod load;
@@ -15,9 +16,12 @@ mod simulate;
 mod stages;
 mod write;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
@@ -25,10 +29,12 @@ use rayon::prelude::*;
 
 use self::bottleneck::Bottleneck;
 use self::config::RunConfig;
+use self::cores::TileCost;
 pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
 pub(crate) use self::load::model_record;
+use self::pictures::EarlyPictures;
 pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
 pub use self::simulate::Simulated;
@@ -45,7 +51,7 @@ const PROGRESS_STEP: u64 = 8;
 /// Items between two stages: enough to hide an uneven rate. The pool of buffers bounds what they hold in all.
 const QUEUE: NonZeroUsize = NonZeroUsize::new(8).unwrap();
 /// Batches with results between inference and stitching: maps are larger than the pixels that they were made from.
-const PREDICTIONS: NonZeroUsize = NonZeroUsize::new(2).unwrap();
+const PREDICTIONS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
 /// Buffers beyond those that the workers hold: with them small tiles pass 10 % faster, as a worker that has to wait for a
 /// core holds back nobody.
 const SPARE_BUFFERS: usize = 24;
@@ -62,6 +68,8 @@ pub struct Engine {
     /// One per device.
     factories: Vec<SessionFactory>,
     readers: NonZeroUsize,
+    /// Whether the number of readers and of sessions at work is still to be found, on the first slide.
+    is_split_due: bool,
     /// Lowered when a device's memory does not suffice.
     batch_size: NonZeroUsize,
     /// Whether the sessions on GPUs have run a batch.
@@ -123,6 +131,25 @@ impl Engine {
             Err(error) => return Err(error.into()),
         }
         Ok(())
+    }
+
+    /// Finds how many readers and sessions share the CPU, if that was left to the engine and is not known yet; says why so
+    /// many.
+    ///
+    /// # Errors
+    /// Those of opening the slide, and of the session.
+    pub(crate) fn split_cores(&mut self, plan: &SlidePlan) -> Result<Option<String>, EngineError> {
+        let Some(session) = self.sessions.first_mut().filter(|_| self.is_split_due) else { return Ok(None) };
+        let options = ReadOptions { tile_size: plan.plane.tile_size, icc: self.config.icc };
+        let Some(cost) = TileCost::measure(plan, options, session.as_mut())? else { return Ok(None) };
+        let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let split = cost.split(cores);
+        self.readers = NonZeroUsize::new(split.readers).unwrap_or(NonZeroUsize::MIN);
+        self.sessions.truncate(split.sessions);
+        self.is_split_due = false;
+        self.execution.readers = split.readers;
+        self.execution.sessions = self.sessions.len();
+        Ok(Some(cost.reason(split, cores)))
     }
 
     /// Sends a slide's tiles through the stages and writes its files below `out`.
@@ -196,44 +223,58 @@ impl Engine {
         let mut done = 0;
         let trace = is_traced.then(Trace::default);
         let start = Instant::now();
-        let files_ref = &mut files;
-        let results_ref = &mut results;
-        let stages = pipeline::run_traced(cancel, trace.as_ref(), |line| {
-            let placed = line
-                .source("plan", QUEUE, tiles)
-                .through("read", QUEUE, read)
-                .through("batch", QUEUE, vec![Group::new(batch_size)])
-                .through("infer", PREDICTIONS, infer)
-                .through("stitch", RESULTS, vec![stitch]);
-            // Both closures of the fold need the files; they run one after the other.
-            let files = std::cell::RefCell::new(files_ref);
-            placed.fold(
-                "write",
-                |placed| {
-                    let mut files = files.borrow_mut();
-                    let Some(files) = files.as_mut() else { return Ok(()) };
-                    match placed {
-                        Placed::Tile { rect, values } => files.tile(rect, &values)?,
-                        Placed::Failed { rect, reason } => files.failed(rect, reason),
-                        Placed::Strip(strip) => {
-                            files.strip(&strip)?;
-                            give_back_strip.try_send(strip).ok();
-                            return Ok(());
+        let mut pictures = None;
+        let stages = thread::scope(|scope| {
+            // Beside the tiles, since the devices have nothing to do while the files are finished.
+            let mut drawing = Some(scope.spawn(|| EarlyPictures::make(&target)));
+            let (files, results, drawing_ref, pictures_ref) = (&mut files, &mut results, &mut drawing, &mut pictures);
+            let stages = pipeline::run_traced(cancel, trace.as_ref(), |line| {
+                let placed = line
+                    .source("plan", QUEUE, tiles)
+                    .through("read", QUEUE, read)
+                    .through("batch", QUEUE, vec![Group::new(batch_size)])
+                    .through("infer", PREDICTIONS, infer)
+                    .through("stitch", RESULTS, vec![stitch]);
+                // Both closures of the fold need the files; they run one after the other.
+                let files = RefCell::new(files);
+                placed.fold(
+                    "write",
+                    |placed| {
+                        let mut files = files.borrow_mut();
+                        let Some(files) = files.as_mut() else { return Ok(()) };
+                        match placed {
+                            Placed::Tile { rect, values } => files.tile(rect, &values)?,
+                            Placed::Failed { rect, reason } => files.failed(rect, reason),
+                            Placed::Strip(strip) => {
+                                files.strip(&strip)?;
+                                give_back_strip.try_send(strip).ok();
+                                return Ok(());
+                            }
                         }
-                    }
-                    done += 1;
-                    if done % PROGRESS_STEP == 0 {
-                        progress(done);
-                    }
-                    Ok(())
-                },
-                || {
-                    let files = files.borrow_mut().take();
-                    *results_ref = files.map(SlideFiles::finish).transpose()?;
-                    Ok(())
-                },
-            );
+                        done += 1;
+                        if done % PROGRESS_STEP == 0 {
+                            progress(done);
+                        }
+                        Ok(())
+                    },
+                    || {
+                        let Some((drawing, files)) = drawing_ref.take().zip(files.borrow_mut().take()) else {
+                            return Ok(());
+                        };
+                        let drawn = drawing.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+                        *results = Some(files.finish(pictures_ref.insert(drawn))?);
+                        Ok(())
+                    },
+                );
+            });
+            if let Some(Ok(Ok(unused))) = drawing.map(ScopedJoinHandle::join) {
+                unused.remove();
+            }
+            stages
         });
+        if let (Err(_), Some(pictures)) = (&stages, &pictures) {
+            pictures.remove();
+        }
         let stages = stages.map_err(|error| failed(error, cancel))?;
         let results = results.ok_or(EngineError::Cancelled)?;
         let duration = start.elapsed();
@@ -242,10 +283,10 @@ impl Engine {
     }
 }
 
-/// Tiles that may be on their way: every session holds a batch and has one waiting, one batch is being put together, each
-/// reader holds a tile and has one waiting, and some are to spare.
+/// Tiles that may be on their way: every session holds a batch and has one waiting, one batch is being put together, those
+/// of waiting predictions, each reader holds a tile and has one waiting, and some are to spare.
 fn buffer_count(batch_size: NonZeroUsize, sessions: usize, readers: usize) -> usize {
-    batch_size.get() * (2 * sessions + 2) + 2 * readers + SPARE_BUFFERS
+    batch_size.get() * (2 * sessions + PREDICTIONS.get()) + 2 * readers + SPARE_BUFFERS
 }
 
 /// What a stage did, as it is written down.
@@ -342,6 +383,7 @@ mod tests {
             readers: NonZeroUsize::new(2).unwrap(),
             batch_size: NonZeroUsize::new(batch_size).unwrap(),
             is_warm: false,
+            is_split_due: false,
             model,
             execution,
         }

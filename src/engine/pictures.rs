@@ -26,6 +26,32 @@ pub(crate) struct SlidePicture {
     pub(crate) area: Level0Rect,
 }
 
+/// What is drawn and written without a result of the model, beside the tiles.
+pub(super) struct EarlyPictures {
+    /// To draw results on, if pictures are asked for.
+    pub(super) slide: Option<SlidePicture>,
+    /// The files of the tissue mask.
+    pub(super) masks: Vec<Written>,
+}
+
+impl EarlyPictures {
+    /// Reads the picture of the slide and writes the tissue mask's.
+    pub(super) fn make(target: &Target<'_>) -> Result<Self, EngineError> {
+        let is_drawn = target.emits(Emit::Png) && (target.stitch.is_some() || target.plan.tissue.is_some());
+        let slide = is_drawn.then(|| SlidePicture::new(target.plan)).transpose()?;
+        let masks = write_masks(target, slide.as_ref())?;
+        Ok(Self { slide, masks })
+    }
+
+    /// Takes the files away again: those of a slide that has failed.
+    pub(super) fn remove(&self) {
+        for file in &self.masks {
+            // What can't be removed is replaced when the slide is run again.
+            std::fs::remove_file(&file.path).ok();
+        }
+    }
+}
+
 /// Draws the classes over the slide.
 pub(super) fn write_overlay(
     target: &Target<'_>,
@@ -54,7 +80,7 @@ pub(super) fn write_overlay(
 }
 
 /// Draws the tissue mask, if there is a picture to draw it on, and writes its contours, if they are asked for.
-pub(super) fn write_masks(target: &Target<'_>, picture: Option<&SlidePicture>) -> Result<Vec<Written>, EngineError> {
+fn write_masks(target: &Target<'_>, picture: Option<&SlidePicture>) -> Result<Vec<Written>, EngineError> {
     let Some(mask) = &target.plan.tissue else { return Ok(Vec::new()) };
     let labels = labels();
     let values: Vec<u8> = mask.cells().iter().map(|cell| value_of(*cell)).collect();
@@ -79,7 +105,7 @@ pub(super) fn write_masks(target: &Target<'_>, picture: Option<&SlidePicture>) -
         let thumbnail = Thumbnail { pixels, area: *area, um_per_px: um_per_px(target, *area, pixels) };
         written.push(write_png(&target.path("masks", "png"), &draw_mask(&thumbnail, &picture))?);
     }
-    if target.config.emit.contains(&Emit::GeoJson) {
+    if target.emits(Emit::GeoJson) {
         let map = RegionMap {
             slide_id: target.id,
             cells,

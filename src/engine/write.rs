@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::EngineError;
 use super::config::{Emit, RunConfig};
-use super::pictures::{self, SlidePicture};
+use super::pictures::{self, EarlyPictures, SlidePicture};
 use super::plan::SlidePlan;
 use crate::geometry::{Level0Rect, PixelSize};
 use crate::inference::{ModelCard, Task};
@@ -71,7 +71,7 @@ pub(crate) struct SlideResults {
 }
 
 impl Target<'_> {
-    fn emits(&self, kind: Emit) -> bool {
+    pub(super) fn emits(&self, kind: Emit) -> bool {
         self.config.emit.contains(&kind)
     }
 
@@ -147,7 +147,7 @@ impl<'a> SlideFiles<'a> {
     }
 
     /// Completes all files under their final names.
-    pub(super) fn finish(self) -> Result<SlideResults, EngineError> {
+    pub(super) fn finish(self, pictures: &EarlyPictures) -> Result<SlideResults, EngineError> {
         let Self { target, csv, geojson, mut features, maps, inferred, failed } = self;
         let mut written = Vec::new();
         if features.is_none() && target.card.task == Task::Features && target.emits(Emit::H5) {
@@ -157,15 +157,10 @@ impl<'a> SlideFiles<'a> {
         written.extend(csv.map(TileCsvWriter::finish).transpose()?);
         written.extend(geojson.map(TileGeoJsonWriter::finish).transpose()?);
         written.extend(features.map(FeaturesWriter::finish).transpose()?);
-        let is_drawn = target.emits(Emit::Png) && (maps.is_some() || target.plan.tissue.is_some());
-        let picture = is_drawn.then(|| SlidePicture::new(target.plan)).transpose()?;
-        let (rest, masks) = rayon::join(
-            || maps.map(|maps| maps.finish(&target, picture.as_ref())).transpose(),
-            || pictures::write_masks(&target, picture.as_ref()),
-        );
-        let (maps, class_shares) = rest?.unwrap_or_default();
+        let maps = maps.map(|maps| maps.finish(&target, pictures.slide.as_ref())).transpose()?;
+        let (maps, class_shares) = maps.unwrap_or_default();
         written.extend(maps);
-        written.extend(masks?);
+        written.extend(pictures.masks.iter().cloned());
         let outputs = written.into_iter().map(|file| target.record(&file)).collect();
         Ok(SlideResults { outputs, inferred, failed, class_shares })
     }
