@@ -64,6 +64,11 @@ impl AtomicFile {
         Ok(Self::over(file, temporary, target))
     }
 
+    /// The same for a file whose start is written last: its hash is taken when it is complete, not while it is written.
+    pub(super) fn hashed_at_end(self) -> Self {
+        Self { hasher: None, ..self }
+    }
+
     /// The final path.
     #[must_use]
     pub fn target(&self) -> &Path {
@@ -105,11 +110,16 @@ impl AtomicFile {
     /// Flushes, syncs and hashes.
     fn seal(&mut self) -> io::Result<(String, u64)> {
         self.writer.flush()?;
-        self.writer.get_ref().sync_all()?;
-        match self.hasher.take() {
-            Some(hasher) => Ok((hex(&hasher.finalize()), self.position)),
-            None => hash_file(&self.temporary),
-        }
+        let hasher = self.hasher.take();
+        // Both take long for a large file: the one waits for the disk, the other for a core.
+        let (synced, hash) = rayon::join(
+            || self.writer.get_ref().sync_all(),
+            || match hasher {
+                Some(hasher) => Ok((hex(&hasher.finalize()), self.position)),
+                None => hash_file(&self.temporary),
+            },
+        );
+        synced.and(hash)
     }
 
     fn publish(self, (sha256, length_bytes): (String, u64)) -> Result<Written, OutputError> {

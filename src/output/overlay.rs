@@ -1,6 +1,7 @@
 //! The picture of a result: the slide's thumbnail, faded, with each cell tinted in the colour of its strongest class.
 
 use image::{Pixel, RgbImage};
+use rayon::prelude::*;
 
 use crate::geometry::Level0Rect;
 
@@ -74,14 +75,20 @@ pub struct Overlay<'a> {
 #[must_use]
 pub fn draw_overlay(thumbnail: &Thumbnail<'_>, overlay: &Overlay<'_>) -> RgbImage {
     let mut picture = thumbnail.pixels.clone();
-    for (x, y, pixel) in picture.enumerate_pixels_mut() {
-        pixel.0 = faded(pixel.0);
-        let Some(cell) = overlay.map.cell_at(thumbnail, x, y) else { continue };
-        let Some((class, probability)) = overlay.at(cell) else { continue };
-        if !class.is_background {
-            pixel.0 = blend(pixel.0, class.style.color, opacity(probability, overlay.floor));
+    let tint = |x: u32, y: u32, pixel: [u8; 3]| {
+        let found = overlay.map.cell_at(thumbnail, x, y).and_then(|cell| overlay.at(cell));
+        match found.filter(|(class, _)| !class.is_background) {
+            Some((class, probability)) => blend(faded(pixel), class.style.color, opacity(probability, overlay.floor)),
+            None => faded(pixel),
         }
-    }
+    };
+    let row_bytes = picture.width() as usize * 3;
+    let rows = picture.par_chunks_exact_mut(row_bytes.max(1)).zip(0u32..u32::MAX);
+    rows.for_each(|(row, y)| {
+        for (pixel, x) in row.as_chunks_mut().0.iter_mut().zip(0..) {
+            *pixel = tint(x, y, *pixel);
+        }
+    });
     let mut counts = vec![0u64; overlay.classes.len() + 1];
     for index in overlay.class_index {
         if let Some(count) = counts.get_mut(usize::from(*index)) {

@@ -95,7 +95,7 @@ impl PyramidWriter {
         }
         let sizes = level_sizes(spec.width, spec.height);
         let container = Container::for_bytes(size_bound(&sizes, spec.tile_size));
-        let file = AtomicFile::create(path)?;
+        let file = AtomicFile::create(path)?.hashed_at_end();
         let mut tiff = TiffWriter::new(file, container).map_err(tiff_error(path))?;
         let mut levels = Vec::new();
         for (index, (width, height)) in sizes.into_iter().enumerate() {

@@ -267,11 +267,9 @@ impl Stitcher {
             }
         }
         let threshold = self.spec.threshold;
-        self.rows.par_iter_mut().zip(lines).for_each(|(row, lines)| {
-            if let Some(lines) = lines {
-                row.leave(lines, threshold);
-            }
-        });
+        // Only these rows are shared out: they lie side by side in a ring that may be ten times as long.
+        let leaving = self.rows.iter_mut().zip(lines).filter_map(|(row, lines)| Some((row, lines?)));
+        leaving.collect::<Vec<_>>().into_par_iter().for_each(|(row, lines)| row.leave(lines, threshold));
         self.first_row += row_count as u64;
         strip
     }

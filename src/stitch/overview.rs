@@ -72,8 +72,8 @@ impl OverviewBuilder {
             cell_width: spec.plane.downsample_x * scale,
             cell_height: spec.plane.downsample_y * scale,
             cell_size: spec.plane.pixel_size.scaled(scale, scale)?,
-            probabilities: vec![Vec::with_capacity(width * height); spec.class_count],
-            classes: Vec::with_capacity(width * height),
+            probabilities: vec![Vec::new(); spec.class_count],
+            classes: Vec::new(),
         };
         let block_width = BLOCK_COLUMNS.div_ceil(factor) * factor;
         let lefts = (0..map_width).step_by(block_width);
@@ -100,20 +100,25 @@ impl OverviewBuilder {
     /// The overview, and the number of map cells of each class (the last number: inferred, but of no class).
     #[must_use]
     pub fn finish(self) -> (Overview, Vec<u64>) {
-        let Self { mut overview, blocks, factor, .. } = self;
+        let Self { overview, blocks, factor, .. } = self;
         let cells = |value: usize| blocks.iter().map(|block| block.cells[value]).sum();
         let class_cells = (1..overview.probabilities.len() + 2).map(cells).collect();
-        for row in 0..overview.height {
-            for block in &blocks {
-                let width = block.columns.len().div_ceil(factor);
-                let part = row * width..(row + 1) * width;
-                overview.classes.extend_from_slice(&block.classes[part.clone()]);
-                for (all, of_block) in overview.probabilities.iter_mut().zip(&block.probabilities) {
-                    all.extend_from_slice(&of_block[part.clone()]);
+        let width = overview.width;
+        let joined = |cells: fn(&Block, usize) -> &[u8], class: usize| {
+            let mut whole = vec![0; width * overview.height];
+            whole.par_chunks_exact_mut(width.max(1)).enumerate().for_each(|(row, line)| {
+                for block in &blocks {
+                    let (left, block_width) = (block.columns.start / factor, block.columns.len().div_ceil(factor));
+                    let part = &cells(block, class)[row * block_width..(row + 1) * block_width];
+                    line[left..left + block_width].copy_from_slice(part);
                 }
-            }
-        }
-        (overview, class_cells)
+            });
+            whole
+        };
+        let class_count = overview.probabilities.len();
+        let probabilities = (0..class_count).map(|class| joined(|block, class| &block.probabilities[class], class));
+        let (probabilities, classes) = (probabilities.collect(), joined(|block, _| &block.classes, 0));
+        (Overview { probabilities, classes, ..overview }, class_cells)
     }
 }
 

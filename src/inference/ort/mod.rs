@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use ndarray::{Array2, Array4, ShapeError};
 use ort::session::RunOptions;
 use ort::session::builder::PrepackedWeights;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::input::Input;
 use super::card::{ModelCard, Task, Variant};
@@ -50,6 +51,9 @@ struct Shared {
     options: SessionOptions,
     ignored_options: Vec<String>,
     packed_weights: PrepackedWeights,
+    /// Threads that prepare and read back the batches of a GPU. They do nothing else: it would wait while those that all
+    /// others share are at long tasks, such as compressing maps. On the CPU `None`: these others do it.
+    copying: Option<ThreadPool>,
     /// True if the first batch is profiled to learn where the operators run.
     wants_placement: bool,
     placement: OnceLock<Placement>,
@@ -99,6 +103,8 @@ impl SessionFactory {
         native::onnx_runtime()?;
         let model = variant.load()?;
         let contract = card.check(&model, &variant.file)?;
+        let is_gpu = matches!(device, Device::Cuda { .. });
+        let copying = is_gpu.then(|| ThreadPoolBuilder::new().build()).transpose().map_err(SessionError::Threads)?;
         let stop = StopHandle::new().map_err(|source| open_error(variant, provider, source))?;
         let is_ignored = |key: &&String| !is_session_setting(key) && !takes_options(provider, variant);
         let shared = Shared {
@@ -108,6 +114,7 @@ impl SessionFactory {
             options,
             ignored_options: variant.options.keys().filter(is_ignored).cloned().collect(),
             packed_weights: PrepackedWeights::new(),
+            copying,
             wants_placement: provider != Provider::Cpu,
             placement: OnceLock::new(),
             stop,
@@ -205,6 +212,14 @@ const CPU_BATCH: usize = 1;
 /// the hand-over costs more than it gains.
 const SHARED_WORK: usize = 8;
 
+/// Does work on threads of its own, if there are any.
+fn on<R: Send>(threads: Option<&ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
+    match threads {
+        Some(threads) => threads.install(work),
+        None => work(),
+    }
+}
+
 /// The largest power of two up to `cap` whose tiles fit into half of the free memory: the arena may double when it
 /// grows.
 fn fit_batch(bytes_per_tile: u64, free_bytes: u64, cap: usize) -> usize {
@@ -289,7 +304,7 @@ impl OrtSession {
     /// Runs one batch that the graph can take, and appends the scores of `tiles`, activated and pooled, to `scores`.
     /// Returns the dimensions after the batch.
     fn run(&mut self, tiles: &[&[u8]], scores: &mut Vec<f32>) -> Result<[usize; 3], SessionError> {
-        let Shared { card, contract, stop, options, .. } = &*self.shared;
+        let Shared { card, contract, stop, options, copying, .. } = &*self.shared;
         self.largest_batch = self.largest_batch.max(tiles.len());
         let batch = contract.fixed_batch.unwrap_or(filled_up(options.device, tiles.len(), self.largest_batch));
         let side = contract.side;
@@ -305,11 +320,13 @@ impl OrtSession {
                 _ => SessionError::Run { path, batch, source },
             }
         };
-        self.input.fill(tiles, batch, contract.layout, self.resizer.as_mut()).map_err(run_error)?;
+        let (input, resizer) = (&mut self.input, self.resizer.as_mut());
+        on(copying.as_ref(), || input.fill(tiles, batch, contract.layout, resizer)).map_err(run_error)?;
         let input = self.input.view(shape).map_err(run_error)?;
         let outputs = self.session.run_with_options(ort::inputs![input], &*stop.run_options).map_err(run_error)?;
         let value = outputs.get(&contract.output);
-        let read = value.and_then(|value| output::append(card, batch, tiles.len(), value, scores));
+        let read =
+            value.and_then(|value| on(copying.as_ref(), || output::append(card, batch, tiles.len(), value, scores)));
         read.ok_or_else(|| SessionError::Output {
             path: self.shared.variant.file.clone(),
             output: contract.output.clone(),
