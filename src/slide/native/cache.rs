@@ -77,6 +77,36 @@ impl TileCache {
         Ok(pending.fill(buffer))
     }
 
+    /// Decodes the first of `candidates` that a planned read needs, that no thread has or decodes, and for which there is
+    /// room; says whether there was one. It is kept for those reads.
+    ///
+    /// # Errors
+    /// Those of `decode`. The tile's own read then tries again, and tells.
+    pub(super) fn ahead<E>(
+        &self,
+        mut candidates: impl Iterator<Item = u32>,
+        bytes: usize,
+        decode: impl FnOnce(u32, &mut [u8]) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let mut state = self.lock();
+        if state.held_bytes + bytes > self.capacity_bytes {
+            return Ok(false);
+        }
+        let is_free = |tile: &u32| {
+            state.expected.get(*tile as usize).is_some_and(|left| *left > 0) && !state.slots.contains_key(tile)
+        };
+        let Some(tile) = candidates.find(is_free) else { return Ok(false) };
+        state.slots.insert(tile, Slot::Pending);
+        state.decode_count += 1;
+        let mut buffer = state.spare_buffer();
+        drop(state);
+        let pending = PendingTile { cache: self, tile };
+        buffer.resize(bytes, 0);
+        decode(tile, &mut buffer)?;
+        pending.keep(buffer);
+        Ok(true)
+    }
+
     /// Whether a thread decodes the tile just now.
     pub(super) fn is_pending(&self, tile: u32) -> bool {
         matches!(self.lock().slots.get(&tile), Some(Slot::Pending))
@@ -160,10 +190,24 @@ struct PendingTile<'a> {
 }
 
 impl PendingTile<'_> {
+    /// The tile, for the read that this thread is at.
     fn fill(self, buffer: Vec<u8>) -> Arc<Vec<u8>> {
-        let rgb = Arc::new(buffer);
         let mut state = self.cache.lock();
-        if state.count_use(self.tile) > 0 && state.held_bytes + rgb.len() <= self.cache.capacity_bytes {
+        let left = state.count_use(self.tile);
+        self.hold(&mut state, buffer, left)
+    }
+
+    /// The tile for planned reads alone.
+    fn keep(self, buffer: Vec<u8>) {
+        let mut state = self.cache.lock();
+        let left = state.expected.get(self.tile as usize).copied().unwrap_or(0);
+        self.hold(&mut state, buffer, left);
+    }
+
+    /// Keeps the tile if planned reads are left and there is room.
+    fn hold(&self, state: &mut State, buffer: Vec<u8>, left: u16) -> Arc<Vec<u8>> {
+        let rgb = Arc::new(buffer);
+        if left > 0 && state.held_bytes + rgb.len() <= self.cache.capacity_bytes {
             state.held_bytes += rgb.len();
             state.slots.insert(self.tile, Slot::Ready(Arc::clone(&rgb)));
         }
@@ -240,6 +284,27 @@ mod tests {
         assert_eq!(cache.stats(), (4, 200));
         (0..4).for_each(|tile| drop(get(&cache, tile)));
         assert_eq!(cache.stats(), (6, 0));
+    }
+
+    #[test]
+    fn what_is_decoded_ahead_serves_the_planned_reads() {
+        let cache = TileCache::new(250, vec![1, 0, 2, 1, 1]);
+        let ahead = |from: u32| {
+            cache.ahead(from..5, 100, |tile, rgb| {
+                rgb.fill(tile.to_le_bytes()[0]);
+                if tile == 4 { Err("damaged") } else { Ok(()) }
+            })
+        };
+        // 1 is not planned, so 2 comes next; after it 3; then there is no room.
+        assert_eq!((ahead(1), ahead(1), ahead(0)), (Ok(true), Ok(true), Ok(false)));
+        assert_eq!(cache.stats(), (2, 200));
+        assert_eq!((get(&cache, 2)[0], get(&cache, 3)[0], get(&cache, 2)[0]), (2, 3, 2));
+        assert_eq!(cache.stats(), (2, 0));
+        // A failure leaves the tile to its own read; what has been read is not decoded again.
+        assert_eq!(ahead(1), Err("damaged"));
+        assert_eq!((get(&cache, 4)[0], cache.stats()), (4, (4, 0)));
+        assert_eq!((ahead(1), ahead(0), get(&cache, 0)[0]), (Ok(false), Ok(true), 0));
+        assert_eq!(cache.stats(), (5, 0));
     }
 
     #[test]

@@ -40,6 +40,8 @@ use crate::geometry::Level;
 /// Bytes of decoded tiles that are held at most. Reading row by row needs two rows of the file's tiles: 150 MB where a
 /// slide 100,000 px wide has tissue from edge to edge.
 const CACHE_BYTES: usize = 256 << 20;
+/// How far beyond a tile that another thread decodes, in tiles, a thread looks for one to decode meanwhile.
+const TILES_AHEAD: usize = 8;
 
 /// Reads the directories of a file, and makes sure that each level can be decoded.
 pub(super) fn pyramid_of(path: &Path) -> Result<Pyramid, PyramidError> {
@@ -185,13 +187,33 @@ impl NativeLevel {
         data: &mut Vec<u8>,
         scratch: &mut DecodeScratch,
     ) -> Result<Option<Arc<Vec<u8>>>, TileError> {
-        let Some((offset, bytes)) = self.tiled().tile_data(tile) else { return Ok(None) };
-        let pixels = self.cache.get(tile, self.decoder.rgb_bytes(), |rgb| {
-            data.resize(bytes as usize, 0);
-            self.file.read_exact_at(data, offset)?;
-            self.decoder.decode(data, scratch, rgb)
+        let Some(place) = self.tiled().tile_data(tile) else { return Ok(None) };
+        // While another thread decodes it, this one does what comes next instead of waiting.
+        while self.cache.is_pending(tile) && self.decode_ahead(tile, data, scratch) {}
+        self.cache.get(tile, self.decoder.rgb_bytes(), |rgb| self.decode(place, data, scratch, rgb)).map(Some)
+    }
+
+    /// Decodes one of the tiles to the right of `tile`; says whether there was one to decode.
+    fn decode_ahead(&self, tile: u32, data: &mut Vec<u8>, scratch: &mut DecodeScratch) -> bool {
+        let next = (tile.saturating_add(1)..).take(TILES_AHEAD).filter(|tile| self.tiled().tile_data(*tile).is_some());
+        let decoded = self.cache.ahead(next, self.decoder.rgb_bytes(), |tile, rgb| {
+            let place = self.tiled().tile_data(tile).unwrap_or_default();
+            self.decode(place, data, scratch, rgb)
         });
-        pixels.map(Some)
+        // An error is told by the read that needs the tile.
+        decoded.unwrap_or(false)
+    }
+
+    fn decode(
+        &self,
+        (offset, bytes): (u64, u32),
+        data: &mut Vec<u8>,
+        scratch: &mut DecodeScratch,
+        rgb: &mut [u8],
+    ) -> Result<(), TileError> {
+        data.resize(bytes as usize, 0);
+        self.file.read_exact_at(data, offset)?;
+        self.decoder.decode(data, scratch, rgb)
     }
 }
 
