@@ -4,9 +4,10 @@
 
 mod support;
 
+use image::{Rgb, RgbImage};
 use serde_json::Value;
 
-use support::{Finished, Json, Workplace};
+use support::{Finished, Json, Kind, TILE, Workplace};
 
 const SMALL: &str = "image=32,patch=8,dim=64,depth=2,heads=2";
 
@@ -133,6 +134,24 @@ fn a_sweep_measures_what_can_be_and_lists_the_rest() {
         assert!(entry["utilisation"].as_f64().unwrap() > 0.0);
     }
     assert!(record["insights"].as_array().unwrap().last().unwrap().as_str().unwrap().starts_with("Recommendation: "));
+}
+
+#[test]
+fn evaluations_and_predictions_have_a_line() {
+    let place = Workplace::new();
+    for (name, color) in [("data/pale/a.png", [40, 230, 60]), ("data/deep/b.png", [220, 30, 200])] {
+        RgbImage::from_pixel(TILE, TILE, Rgb(color)).save(place.write(name, "")).unwrap();
+    }
+    let model = place.model(Kind::Classifier);
+    let flags = ["--model", model.to_str().unwrap(), "--device", "cpu", "--batch-size", "1", "--out", "out"];
+    place.slidestream([&["evaluate", "data"], &flags[..]].concat()).code(0);
+    place.slidestream([&["predict", "data/pale"], &flags[..]].concat()).code(0);
+    place.slidestream(["report", "show", "out"]).code(0).shows(&[
+        "classification for tests fp32 on cpu, 2 images of data; top-1 1.000",
+        "AUC 1.000",
+        "classification for tests fp32 on cpu, 1 image of data/pale in 1 tile; ",
+        " ms a tile p50",
+    ]);
 }
 
 #[test]

@@ -18,7 +18,8 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand, Debug)]
 enum What {
-    /// A line for each result file below the folders: runs, slides, optimisations, comparisons, simulations, benchmarks
+    /// A line for each result file below the folders: runs, slides, optimisations, comparisons, evaluations, predictions,
+    /// simulations, benchmarks
     Show {
         /// Folders, or files
         #[arg(required = true, value_name = "DIR")]
