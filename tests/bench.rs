@@ -5,11 +5,15 @@
 mod support;
 
 use image::{Rgb, RgbImage};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use support::{Finished, Json, Kind, TILE, Workplace};
 
 const SMALL: &str = "image=32,patch=8,dim=64,depth=2,heads=2";
+/// Has as many parameters, and costs as many operations.
+const OF_FOUR_HEADS: &str = "image=32,patch=8,dim=64,depth=2,heads=4";
+/// How both are called.
+const NAMES: [&str; 2] = ["image=32 patch=8 dim=64 depth=2 heads=2", "image=32 patch=8 dim=64 depth=2 heads=4"];
 
 fn bench(place: &Workplace, what: &str, more: &[&str]) -> Finished {
     place.slidestream([&["bench", what, "--device", "cpu", "--seconds", "0"], more].concat())
@@ -78,8 +82,24 @@ fn lora_is_counted_proven_timed_and_held_against_a_baseline() {
     let slower = write_scaled(&place, &record, 0.01, "slower.json");
     bench(&place, "lora", &[&flags[..], &["--baseline", &slower]].concat()).code(0);
 
+    let flags = [&["--vit", OF_FOUR_HEADS], &flags[2..], &["--baseline", &slower]].concat();
+    let [before, now] = NAMES;
+    let why = format!("regression: baseline can't be held against the baseline: model {before}, now {now}");
+    bench(&place, "lora", &flags).code(4).says(&[&why]);
+
     let own = out.join("bench.json");
     let own = own.to_str().unwrap();
+    for (place_of_setting, setting, said) in [
+        ("/entries/0/device", json!("cuda:0"), "baseline: not comparable: device cpu, now cuda:0"),
+        ("/entries/0/sessions", json!(2), "baseline: not comparable: sessions 1, now 2"),
+        ("/entries/2/provider", json!("openvino"), "rank 2, merged: not comparable: provider cpu, now openvino"),
+        ("/lora_targets", json!(["fc1"]), "rank 2, merged: not comparable: LoRA's targets proj and qkv, now fc1"),
+    ] {
+        let mut other = Value::clone(&record);
+        *other.pointer_mut(place_of_setting).unwrap() = setting;
+        let other = place.write("other.json", other.to_string());
+        place.slidestream(["report", "compare", own, other.to_str().unwrap()]).code(0).shows(&[said]);
+    }
     let same = place.slidestream(["report", "compare", own, own]).code(0);
     assert_eq!(same.stdout.lines().count(), expected.len());
     assert!(same.stdout.lines().all(|line| line.contains(": no difference, 1.00× [")), "{}", same.stdout);
@@ -134,6 +154,52 @@ fn a_sweep_measures_what_can_be_and_lists_the_rest() {
         assert!(entry["utilisation"].as_f64().unwrap() > 0.0);
     }
     assert!(record["insights"].as_array().unwrap().last().unwrap().as_str().unwrap().starts_with("Recommendation: "));
+}
+
+#[test]
+fn a_sweep_is_held_against_a_baseline_of_the_same_models() {
+    let place = Workplace::new();
+    let measured = |vit: &str, more: &[&str]| {
+        let flags = ["--vit", vit, "--batch-sizes", "2", "--sessions", "1", "--quiet"];
+        bench(&place, "vit", &[&flags[..], more].concat())
+    };
+    let record = measured(SMALL, &["--json"]).code(0).json();
+    let entry = format!("{}, as built, batch 2", NAMES[0]);
+    assert_eq!(names(&record), [&entry]);
+    let faster = write_scaled(&place, &record, 100.0, "faster.json");
+    measured(SMALL, &["--baseline", &faster]).code(4).says(&[&format!("regression: {entry} runs at 0.")]);
+    let slower = write_scaled(&place, &record, 0.01, "slower.json");
+    measured(SMALL, &["--baseline", &slower]).code(0);
+    measured(OF_FOUR_HEADS, &["--baseline", &slower])
+        .code(4)
+        .says(&[&format!("regression: {entry} is in the baseline and was not measured")]);
+    let mut elsewhere = record;
+    elsewhere["entries"][0]["device"] = json!("cuda:0");
+    let elsewhere = write_scaled(&place, &elsewhere, 0.01, "elsewhere.json");
+    measured(SMALL, &["--baseline", &elsewhere])
+        .code(4)
+        .says(&[&format!("regression: {entry} can't be held against the baseline: device cuda:0, now cpu")]);
+}
+
+#[test]
+fn simulations_of_the_same_model_are_held_against_each_other() {
+    let place = Workplace::new();
+    let simulated = |vit: &str, name: &str| {
+        let flags = ["--device", "cpu", "--seconds", "0", "--sessions", "1", "--batch-sizes", "1,2", "--quiet"];
+        let outcome = place.slidestream([&["simulate", "--vit", vit, "--json"], &flags[..]].concat()).code(0);
+        place.write(name, &outcome.stdout).to_str().unwrap().to_owned()
+    };
+    let compared = |before: &str, after: &str| {
+        let shown = place.slidestream(["report", "compare", before, after]).code(0).stdout;
+        let lines: Vec<String> = shown.lines().map(str::to_owned).collect();
+        assert!(lines.len() == 2 && lines[0].starts_with("batch 1: ") && lines[1].starts_with("batch 2: "), "{shown}");
+        lines
+    };
+    let [before, again] = ["before.json", "again.json"].map(|name| simulated(SMALL, name));
+    assert!(compared(&before, &before).iter().all(|line| line.contains(": no difference, 1.00× [")));
+    assert!(compared(&before, &again).iter().all(|line| !line.contains("not comparable")));
+    let shallow = simulated("image=32,patch=8,dim=64,depth=1,heads=2", "shallow.json");
+    assert!(compared(&before, &shallow).iter().all(|line| line.contains(": not comparable: ")));
 }
 
 #[test]

@@ -25,7 +25,7 @@ enum What {
         #[arg(required = true, value_name = "DIR")]
         paths: Vec<PathBuf>,
     },
-    /// What changed beyond noise between two benchmarks or two simulations
+    /// What changed beyond noise between two benchmarks or two simulations of the same models with the same settings
     Compare {
         /// The earlier bench.json, or what `simulate --json` printed
         #[arg(value_name = "A.json")]

@@ -100,6 +100,7 @@ pub fn bench(
             ranks.join(", "),
             request.alpha
         ),
+        lora_targets: request.targets.clone(),
         entries: entries.collect(),
         skipped: Vec::new(),
     })
@@ -338,7 +339,9 @@ impl Subject {
             name: self.name,
             model: model.to_owned(),
             precision: "as built".to_owned(),
+            variant: engine.model().variant.clone(),
             device: execution.device,
+            provider: execution.provider,
             sessions: execution.sessions,
             batch_size,
             total_batch_size: batch_size * execution.sessions,

@@ -150,7 +150,7 @@ pub fn bench(
         [(name, _)] => name.clone(),
         models => format!("{} vision transformers", models.len()),
     };
-    Ok(Bench { kind: BenchKind::Vit, subject, entries, skipped })
+    Ok(Bench { kind: BenchKind::Vit, subject, lora_targets: Vec::new(), entries, skipped })
 }
 
 fn cases(request: &VitRequest) -> Vec<Case> {
@@ -184,7 +184,9 @@ fn entry(case: &Case, found: &Simulation) -> Result<BenchEntry, String> {
         name: Case { batch_size: NonZeroUsize::new(point.batch_size), ..case.clone() }.to_string(),
         model: case.model.clone(),
         precision: case.precision.clone().unwrap_or_else(|| "as built".to_owned()),
+        variant: found.model.variant.clone(),
         device: found.execution.device.clone(),
+        provider: found.execution.provider.clone(),
         sessions,
         batch_size: point.batch_size,
         total_batch_size: point.batch_size * sessions,

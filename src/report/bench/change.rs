@@ -3,8 +3,9 @@
 use serde::Deserialize;
 
 use super::super::compare::IntervalRecord;
-use super::super::{SIMULATE_SCHEMA, SimulateRecord};
-use super::{BENCH_SCHEMA, BenchRecord, ratio_in_words};
+use super::super::text::{count, exact};
+use super::super::{PointRecord, SIMULATE_SCHEMA, SimulateRecord};
+use super::{BENCH_SCHEMA, BenchEntry, BenchRecord, ratio_in_words};
 use crate::measure::Bootstrap;
 
 /// Rates of named things, and where they were measured.
@@ -12,8 +13,20 @@ use crate::measure::Bootstrap;
 pub struct Rated {
     /// The processor and GPUs, in words.
     pub machine: String,
-    /// Name, and the rate of each round.
-    pub rates: Vec<(String, Vec<f64>)>,
+    /// Each thing with its rate.
+    pub rates: Vec<Rate>,
+}
+
+/// How fast one thing ran.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rate {
+    /// What it is matched by; unique among the others.
+    pub name: String,
+    /// What else must be the same for rates to be held against each other, the most telling first. What is not known, as
+    /// in a record of an earlier version, is not here.
+    pub settings: Vec<(&'static str, String)>,
+    /// Samples per second of each round.
+    pub rounds: Vec<f64>,
 }
 
 /// A file that holds no rates to compare.
@@ -52,23 +65,56 @@ impl Rated {
 
 impl From<&BenchRecord> for Rated {
     fn from(record: &BenchRecord) -> Self {
-        let rate = |entry: &super::BenchEntry| (entry.name.clone(), entry.rounds_samples_per_sec.clone());
+        let rate = |entry: &BenchEntry| Rate {
+            name: entry.name.clone(),
+            settings: settings_of(entry, &record.found.lora_targets),
+            rounds: entry.rounds_samples_per_sec.clone(),
+        };
         Self { machine: record.account.hardware.in_words(), rates: record.found.entries.iter().map(rate).collect() }
     }
 }
 
 impl From<&SimulateRecord> for Rated {
     fn from(record: &SimulateRecord) -> Self {
-        let (model, execution) = (&record.found.model, &record.found.execution);
-        let rate = |point: &super::super::PointRecord| {
-            let name = format!(
-                "{}, {}, {} sessions on {}, batch {}",
-                model.name, model.variant, execution.sessions, execution.device, point.batch_size
-            );
-            (name, point.samples_tiles_per_sec.clone())
+        let (model, execution, size) = (&record.found.model, &record.found.execution, &record.found.size);
+        let settings = [
+            ("model", model.name.clone()),
+            ("variant", model.variant.clone()),
+            ("device", execution.device.clone()),
+            ("provider", execution.provider.clone()),
+            ("sessions", execution.sessions.to_string()),
+            ("parameters", count(size.parameters)),
+            ("operations per sample", count(size.flops)),
+        ];
+        let rate = |point: &PointRecord| Rate {
+            name: format!("batch {}", point.batch_size),
+            settings: settings.to_vec(),
+            rounds: point.samples_tiles_per_sec.clone(),
         };
         Self { machine: record.account.hardware.in_words(), rates: record.found.points.iter().map(rate).collect() }
     }
+}
+
+fn settings_of(entry: &BenchEntry, lora_targets: &[String]) -> Vec<(&'static str, String)> {
+    let mut settings = vec![
+        ("model", entry.model.clone()),
+        ("precision", entry.precision.clone()),
+        ("variant", entry.variant.clone()),
+        ("device", entry.device.clone()),
+        ("provider", entry.provider.clone()),
+        ("sessions", entry.sessions.to_string()),
+        ("batch size", entry.batch_size.to_string()),
+    ];
+    if let Some(lora) = &entry.lora {
+        let mut targets = lora_targets.to_vec();
+        targets.sort_unstable();
+        settings.extend([("LoRA's targets", targets.join(" and ")), ("LoRA's α", exact(lora.alpha))]);
+        settings.push(("LoRA's parameters", count(lora.parameters)));
+    }
+    settings.push(("parameters", count(entry.parameters)));
+    settings.push(("operations per sample", count(entry.flops)));
+    settings.retain(|(_, value)| !value.is_empty());
+    settings
 }
 
 /// What became of one thing.
@@ -81,7 +127,7 @@ pub struct Change {
 }
 
 /// How a rate changed; ratios are later by earlier, of medians, with an interval of 95 % over the rounds of both.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     /// The interval lies above 1.
     Faster(IntervalRecord),
@@ -89,6 +135,8 @@ pub enum Verdict {
     Slower(IntervalRecord),
     /// The interval holds 1.
     NoDifference(IntervalRecord),
+    /// The two were not measured with the same settings; the first that differs, in words.
+    Different(String),
     /// It has no rates, or rates that are not above 0, in one of them.
     Unknown,
     /// It is not in the later one.
@@ -100,21 +148,39 @@ pub enum Verdict {
 /// Holds the later rates against the earlier ones, name by name, in the earlier order; what is new comes last.
 #[must_use]
 pub fn changes(earlier: &Rated, later: &Rated) -> Vec<Change> {
-    let find = |rated: &Rated, name: &str| rated.rates.iter().find(|(other, _)| other == name).cloned();
-    let held = earlier.rates.iter().map(|(name, before)| {
-        let verdict = find(later, name).map_or(Verdict::Gone, |(_, after)| judge(before, &after));
-        Change { name: name.clone(), verdict }
+    let held = earlier.rates.iter().map(|before| {
+        let verdict = later.find(&before.name).map_or(Verdict::Gone, |after| judge(before, after));
+        Change { name: before.name.clone(), verdict }
     });
-    let new = later.rates.iter().filter(|(name, _)| find(earlier, name).is_none());
-    held.chain(new.map(|(name, _)| Change { name: name.clone(), verdict: Verdict::New })).collect()
+    let new = later.rates.iter().filter(|after| earlier.find(&after.name).is_none());
+    held.chain(new.map(|after| Change { name: after.name.clone(), verdict: Verdict::New })).collect()
 }
 
-fn judge(before: &[f64], after: &[f64]) -> Verdict {
-    match Bootstrap::default().unpaired_ratio(before, after).map(IntervalRecord::from) {
+fn judge(before: &Rate, after: &Rate) -> Verdict {
+    if let Some(difference) = before.difference(after) {
+        return Verdict::Different(difference);
+    }
+    match Bootstrap::default().unpaired_ratio(&before.rounds, &after.rounds).map(IntervalRecord::from) {
         None => Verdict::Unknown,
         Some(ratio) if ratio.low > 1.0 => Verdict::Faster(ratio),
         Some(ratio) if ratio.high < 1.0 => Verdict::Slower(ratio),
         Some(ratio) => Verdict::NoDifference(ratio),
+    }
+}
+
+impl Rated {
+    fn find(&self, name: &str) -> Option<&Rate> {
+        self.rates.iter().find(|rate| rate.name == name)
+    }
+}
+
+impl Rate {
+    /// The first setting that is known of both and differs, with both values.
+    fn difference(&self, later: &Self) -> Option<String> {
+        self.settings.iter().find_map(|(what, before)| {
+            let (_, now) = later.settings.iter().find(|(other, _)| other == what)?;
+            (before != now).then(|| format!("{what} {before}, now {now}"))
+        })
     }
 }
 
@@ -126,6 +192,7 @@ impl Change {
             Verdict::Faster(ratio) => format!("faster, {}", ratio_in_words(ratio)),
             Verdict::Slower(ratio) => format!("slower, {}", ratio_in_words(ratio)),
             Verdict::NoDifference(ratio) => format!("no difference, {}", ratio_in_words(ratio)),
+            Verdict::Different(difference) => format!("not comparable: {difference}"),
             Verdict::Unknown => "not comparable: rates are missing".to_owned(),
             Verdict::Gone => "only in the earlier one".to_owned(),
             Verdict::New => "only in the later one".to_owned(),
@@ -135,7 +202,7 @@ impl Change {
 }
 
 /// Those that are slower by more than `most` (a share, such as 0.05) with their whole interval, and those whose rate is
-/// not known any more, in sentences.
+/// not known any more or was measured with other settings, in sentences.
 #[must_use]
 pub fn regressions(changes: &[Change], most: f64) -> Vec<String> {
     let tell = |change: &Change| match &change.verdict {
@@ -146,6 +213,9 @@ pub fn regressions(changes: &[Change], most: f64) -> Vec<String> {
             1.0 - most
         )),
         Verdict::Gone => Some(format!("{} is in the baseline and was not measured", change.name)),
+        Verdict::Different(difference) => {
+            Some(format!("{} can't be held against the baseline: {difference}", change.name))
+        }
         Verdict::Unknown => Some(format!("{} has no rates to compare", change.name)),
         _ => None,
     };
@@ -155,12 +225,17 @@ pub fn regressions(changes: &[Change], most: f64) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::bench::LoraRecord;
     use crate::report::bench::example::lora;
     use crate::report::to_json;
 
     fn rated(rates: &[(&str, &[f64])]) -> Rated {
-        let rates = rates.iter().map(|(name, rates)| ((*name).to_owned(), rates.to_vec())).collect();
-        Rated { machine: "m".to_owned(), rates }
+        let rate = |(name, rounds): &(&str, &[f64])| Rate {
+            name: (*name).to_owned(),
+            settings: vec![("device", "cpu".to_owned())],
+            rounds: rounds.to_vec(),
+        };
+        Rated { machine: "m".to_owned(), rates: rates.iter().map(rate).collect() }
     }
 
     const STEADY: [f64; 7] = [100.0, 101.0, 99.0, 100.0, 100.5, 99.5, 100.0];
@@ -191,16 +266,76 @@ mod tests {
         assert_eq!(gone, ["a is in the baseline and was not measured"]);
     }
 
+    /// What is said of the merged rank 4, and whether a gate fails by it, once the later record was changed.
+    fn after(change: impl Fn(&mut BenchRecord)) -> (String, bool) {
+        let (before, mut later) = (lora(), lora());
+        change(&mut later);
+        let changes = changes(&Rated::from(&before), &Rated::from(&later));
+        (changes[2].in_words(), regressions(&changes[2..=2], 0.5).len() == 1)
+    }
+
+    #[test]
+    fn only_what_was_measured_with_the_same_settings_is_held_against_each_other() {
+        let differs = |what: &str| (format!("rank 4, merged: not comparable: {what}"), true);
+        let of_entry = |change: fn(&mut BenchEntry)| after(|record| change(&mut record.found.entries[2]));
+        assert_eq!(of_entry(|entry| entry.model = "larger".to_owned()), differs("model vit, now larger"));
+        assert_eq!(of_entry(|entry| entry.precision = "fp16".to_owned()), differs("precision as built, now fp16"));
+        assert_eq!(of_entry(|entry| entry.variant = "fp16".to_owned()), differs("variant fp32, now fp16"));
+        assert_eq!(of_entry(|entry| entry.device = "cuda:0".to_owned()), differs("device cpu, now cuda:0"));
+        assert_eq!(of_entry(|entry| entry.provider = "openvino".to_owned()), differs("provider cpu, now openvino"));
+        assert_eq!(of_entry(|entry| entry.sessions = 1), differs("sessions 2, now 1"));
+        assert_eq!(of_entry(|entry| entry.batch_size = 8), differs("batch size 4, now 8"));
+        assert_eq!(of_entry(|entry| entry.parameters = 999_999), differs("parameters 1,000,000, now 999,999"));
+        let operations = "operations per sample 2,000,000,000, now 1";
+        assert_eq!(of_entry(|entry| entry.flops = 1), differs(operations));
+        let targets = |targets: &[&str]| {
+            let targets: Vec<String> = targets.iter().map(|target| (*target).to_owned()).collect();
+            after(move |record| record.found.lora_targets.clone_from(&targets))
+        };
+        assert_eq!(targets(&["qkv"]), differs("LoRA's targets proj and qkv, now qkv"));
+        let (said, is_regression) = targets(&["proj", "qkv"]);
+        assert!(said.starts_with("rank 4, merged: no difference, 1.00× [") && !is_regression, "{said}");
+        let told = after(|record| {
+            record.found.entries[2].lora = record.found.entries[2].lora.map(|lora| LoraRecord { alpha: 32.0, ..lora })
+        });
+        assert_eq!(told, differs("LoRA's α 16, now 32"));
+    }
+
+    #[test]
+    fn the_model_alone_has_no_settings_of_an_adapter() {
+        let (before, mut later) = (lora(), lora());
+        later.found.lora_targets.clear();
+        later.found.lora_targets.push("qkv".to_owned());
+        let changes = changes(&Rated::from(&before), &Rated::from(&later));
+        assert!(matches!(changes[0].verdict, Verdict::NoDifference(_)), "{changes:?}");
+        assert!(matches!(changes[1].verdict, Verdict::Different(_)), "{changes:?}");
+    }
+
+    #[test]
+    fn what_an_earlier_version_did_not_write_down_does_not_differ() {
+        let mut record = serde_json::to_value(lora()).unwrap();
+        record.as_object_mut().unwrap().remove("lora_targets");
+        for entry in record["entries"].as_array_mut().unwrap() {
+            entry.as_object_mut().unwrap().retain(|key, _| key != "variant" && key != "provider");
+        }
+        let earlier = Rated::from_json(record.to_string().as_bytes()).unwrap();
+        let changes = changes(&earlier, &Rated::from(&lora()));
+        assert!(changes.iter().all(|change| matches!(change.verdict, Verdict::NoDifference(_))), "{changes:?}");
+    }
+
     #[test]
     fn records_are_read_back() {
         let record = lora();
         let read = Rated::from_json(&to_json(&record)).unwrap();
         let written = Rated::from(&record);
         assert_eq!(read.machine, written.machine);
-        for ((name, rates), (expected, others)) in read.rates.iter().zip(&written.rates) {
+        assert_eq!(read.rates.len(), written.rates.len());
+        for (rate, expected) in read.rates.iter().zip(&written.rates) {
+            assert_eq!((&rate.name, &rate.settings), (&expected.name, &expected.settings));
             // JSON may lose a number's last bit.
             let is_near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-12 * b.abs();
-            assert!(name == expected && rates.len() == others.len() && rates.iter().zip(others).all(is_near), "{name}");
+            assert_eq!(rate.rounds.len(), expected.rounds.len());
+            assert!(rate.rounds.iter().zip(&expected.rounds).all(is_near), "{}", rate.name);
         }
         assert!(changes(&read, &read).iter().all(|change| matches!(change.verdict, Verdict::NoDifference(_))));
         let error = Rated::from_json(br#"{"schema": "slidestream/run/1"}"#).unwrap_err();

@@ -18,7 +18,9 @@ pub(crate) fn entry(name: &str, rate: f64) -> BenchEntry {
         name: name.to_owned(),
         model: "vit".to_owned(),
         precision: "as built".to_owned(),
+        variant: "fp32".to_owned(),
         device: "cpu".to_owned(),
+        provider: "cpu".to_owned(),
         sessions: 2,
         batch_size: 4,
         total_batch_size: 8,
@@ -71,7 +73,7 @@ fn record(kind: BenchKind, subject: &str, entries: Vec<BenchEntry>) -> BenchReco
             libraries: BTreeMap::new(),
             hardware: HardwareRecord { cpu: "cpu".to_owned(), cores: 2, memory_bytes: 1 << 30, gpus: Vec::new() },
         },
-        found: Bench { kind, subject: subject.to_owned(), entries, skipped: Vec::new() },
+        found: Bench { kind, subject: subject.to_owned(), lora_targets: Vec::new(), entries, skipped: Vec::new() },
         insights: Vec::new(),
     }
 }
@@ -87,7 +89,9 @@ pub(crate) fn lora() -> BenchRecord {
         adapted(64, false, 71.0, [0.71, 0.69, 0.73]),
         adapted(64, true, 101.0, [1.01, 0.99, 1.03]),
     ];
-    record(BenchKind::Lora, "vit with LoRA", entries)
+    let mut record = record(BenchKind::Lora, "vit with LoRA", entries);
+    record.found.lora_targets = vec!["qkv".to_owned(), "proj".to_owned()];
+    record
 }
 
 /// Two models at two precisions and two batch sizes; one combination was skipped.

@@ -15,7 +15,7 @@ mod insights;
 mod show;
 mod table;
 
-pub use change::{Change, NotComparable, Rated, Verdict, changes, regressions};
+pub use change::{Change, NotComparable, Rate, Rated, Verdict, changes, regressions};
 pub use insights::insights;
 pub use show::summary;
 pub use table::to_csv;
@@ -55,6 +55,9 @@ pub struct Bench {
     pub kind: BenchKind,
     /// In words.
     pub subject: String,
+    /// Layers that adapters are for, by the ends of their names; empty without LoRA.
+    #[serde(default)]
+    pub lora_targets: Vec<String>,
     /// Each model at one precision and batch size.
     pub entries: Vec<BenchEntry>,
     /// What was asked for and can't be, or failed.
@@ -70,8 +73,14 @@ pub struct BenchEntry {
     pub model: String,
     /// `fp32`, `fp16`, `int8`, or `as built` for a model that was not optimised.
     pub precision: String,
+    /// The variant of the model's card.
+    #[serde(default)]
+    pub variant: String,
     /// Such as `cpu` or `cuda:0,cuda:1`.
     pub device: String,
+    /// The execution provider.
+    #[serde(default)]
+    pub provider: String,
     /// Sessions side by side, on all devices together.
     pub sessions: usize,
     /// Samples in a batch of one session.
