@@ -131,6 +131,7 @@ fn what_has_no_answer_is_refused() {
     refused(&["--vit", "dim=8192,depth=128,mlp=16,heads=1"]).code(2).says(&["parameters are more than"]);
     refused(&["--vit", "dim=64,width=3"]).code(2).says(&["width"]);
     refused(&["--vit", "image=33,patch=8"]).code(2).says(&["33"]);
+    refused(&["--vit", "vit_base_patch16_225"]).code(2).says(&["image=225 is no multiple of patch=16"]);
     refused(&["--vit", SMALL, "--profile", "toe"]).code(2).says(&["biopsy, resection, prostatectomy"]);
     refused(&[]).code(2).says(&["--model"]);
 }

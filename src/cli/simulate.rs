@@ -35,7 +35,7 @@ pub(super) struct Args {
     /// A model folder, a card, or an .onnx file
     #[arg(long, short, value_name = "DIR|CARD|MODEL.onnx", required_unless_present = "vit", conflicts_with = "vit")]
     model: Option<PathBuf>,
-    /// A vision transformer of random weights: a name such as vit_base_patch16_224, or image=224,patch=14,dim=768,…
+    /// A vision transformer of random weights: a name such as vit_base or vit_small_patch16_384, or image=224,patch=14,…
     #[arg(long, value_name = "NAME|KEY=VALUE,…")]
     vit: Option<VitConfig>,
     /// Variant of the card

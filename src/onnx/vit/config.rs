@@ -48,8 +48,9 @@ pub enum VitError {
     },
     /// The name is none of the known ones.
     #[error(
-        "{name:?} is neither the name of a ViT, which must come first, nor of the form key=value; names are {}; keys are {}",
-        PRESETS.map(|(name, ..)| name).join(", "), KEYS.join(", ")
+        "{name:?} is neither the name of a ViT, which must come first, nor of the form key=value; names are \
+         vit_SIZE and vit_SIZE_patchP_IMAGE, such as vit_base_patch16_384; sizes are {}; keys are {}",
+        SIZES.map(|size| size.name).join(", "), KEYS.join(", ")
     )]
     UnknownName {
         /// What was given.
@@ -105,21 +106,43 @@ const MLP_RATIOS: RangeInclusive<f64> = 1.0..=16.0;
 /// More than any ViT of pathology has; in 32 bits 12 GB, which are held more than once while a model is built.
 const MOST_PARAMETERS: u64 = 3_000_000_000;
 
-/// The models that timm has under these names: patch, dim, depth, heads, mlp.
-const PRESETS: [(&str, [usize; 4], f64); 13] = [
-    ("vit_tiny_patch16_224", [16, 192, 12, 3], 4.0),
-    ("vit_small_patch8_224", [8, 384, 12, 6], 4.0),
-    ("vit_small_patch16_224", [16, 384, 12, 6], 4.0),
-    ("vit_small_patch32_224", [32, 384, 12, 6], 4.0),
-    ("vit_base_patch8_224", [8, 768, 12, 12], 4.0),
-    ("vit_base_patch16_224", [16, 768, 12, 12], 4.0),
-    ("vit_base_patch32_224", [32, 768, 12, 12], 4.0),
-    ("vit_large_patch14_224", [14, 1024, 24, 16], 4.0),
-    ("vit_large_patch16_224", [16, 1024, 24, 16], 4.0),
-    ("vit_large_patch32_224", [32, 1024, 24, 16], 4.0),
-    ("vit_huge_patch14_224", [14, 1280, 32, 16], 4.0),
-    ("vit_giant_patch14_224", [14, 1408, 40, 16], 48.0 / 11.0),
-    ("vit_gigantic_patch14_224", [14, 1664, 48, 16], 64.0 / 13.0),
+/// What the second word of a timm name stands for.
+struct Size {
+    name: &'static str,
+    /// Where the name tells none.
+    patch: usize,
+    dim: usize,
+    depth: usize,
+    heads: usize,
+    mlp_ratio: f64,
+}
+
+#[rustfmt::skip]
+const SIZES: [Size; 7] = [
+    Size { name: "tiny", patch: 16, dim: 192, depth: 12, heads: 3, mlp_ratio: 4.0 },
+    Size { name: "small", patch: 16, dim: 384, depth: 12, heads: 6, mlp_ratio: 4.0 },
+    Size { name: "base", patch: 16, dim: 768, depth: 12, heads: 12, mlp_ratio: 4.0 },
+    Size { name: "large", patch: 16, dim: 1024, depth: 24, heads: 16, mlp_ratio: 4.0 },
+    Size { name: "huge", patch: 14, dim: 1280, depth: 32, heads: 16, mlp_ratio: 4.0 },
+    Size { name: "giant", patch: 14, dim: 1408, depth: 40, heads: 16, mlp_ratio: 48.0 / 11.0 },
+    Size { name: "gigantic", patch: 14, dim: 1664, depth: 48, heads: 16, mlp_ratio: 64.0 / 13.0 },
+];
+
+/// timm's models of 224 px.
+const PRESETS: [&str; 13] = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch8_224",
+    "vit_small_patch16_224",
+    "vit_small_patch32_224",
+    "vit_base_patch8_224",
+    "vit_base_patch16_224",
+    "vit_base_patch32_224",
+    "vit_large_patch14_224",
+    "vit_large_patch16_224",
+    "vit_large_patch32_224",
+    "vit_huge_patch14_224",
+    "vit_giant_patch14_224",
+    "vit_gigantic_patch14_224",
 ];
 
 impl Default for VitConfig {
@@ -130,11 +153,21 @@ impl Default for VitConfig {
 }
 
 impl VitConfig {
-    /// The models that have a name, without heads; names and sizes are timm's.
+    /// timm's models of 224 px, without heads.
     pub fn presets() -> impl Iterator<Item = (&'static str, Self)> {
-        PRESETS.into_iter().map(|(name, [patch, dim, depth, heads], mlp_ratio)| {
-            (name, Self { patch, dim, depth, heads, mlp_ratio, ..Self::default() })
-        })
+        PRESETS.into_iter().filter_map(|name| Some((name, Self::named(name)?)))
+    }
+
+    /// The model of a name as timm forms them, without a head: `vit_base_patch16_384`, or `vit_base` with the usual patch
+    /// and 224 px. Whether the patch divides the image is not looked at.
+    fn named(name: &str) -> Option<Self> {
+        let text = name.strip_prefix("vit_")?;
+        let (size, sides) = text.split_once("_patch").map_or((text, None), |(size, sides)| (size, Some(sides)));
+        let Size { patch, dim, depth, heads, mlp_ratio, .. } = SIZES.into_iter().find(|known| known.name == size)?;
+        let usual = Self { patch, dim, depth, heads, mlp_ratio, ..Self::default() };
+        let Some(sides) = sides else { return Some(usual) };
+        let (patch, image) = sides.split_once('_')?;
+        Some(Self { patch: patch.parse().ok()?, image: image.parse().ok()?, ..usual })
     }
 
     /// Finds out whether there can be such a ViT.
@@ -299,15 +332,15 @@ impl fmt::Display for Pool {
 impl FromStr for VitConfig {
     type Err = VitError;
 
-    /// Reads `image=224,patch=14,dim=768,depth=12,heads=8,mlp=4,pool=cls,classes=0`, the name of a preset, or a name
-    /// followed by what differs. What is not given is as in `vit_base_patch16_224`.
+    /// Reads `image=224,patch=14,dim=768,depth=12,heads=8,mlp=4,pool=cls,classes=0`, a name such as `vit_base`
+    /// or `vit_base_patch16_384`, or a name followed by what differs. What is not given is as in `vit_base_patch16_224`.
     fn from_str(text: &str) -> Result<Self, VitError> {
         let mut config = Self::default();
         let mut seen: Vec<&str> = Vec::new();
         for (place, part) in text.split(',').map(str::trim).enumerate() {
             let Some((key, value)) = part.split_once('=') else {
-                let named = Self::presets().find(|(name, _)| place == 0 && *name == part);
-                config = named.ok_or_else(|| VitError::UnknownName { name: part.to_owned() })?.1;
+                let named = Self::named(part).filter(|_| place == 0);
+                config = named.ok_or_else(|| VitError::UnknownName { name: part.to_owned() })?;
                 continue;
             };
             let (key, value) = (key.trim(), value.trim());
@@ -355,8 +388,20 @@ mod tests {
         ];
         let found: Vec<_> = VitConfig::presets().map(|(name, config)| (name, config.parameters())).collect();
         assert_eq!(found, counts);
-        // The same with num_classes=1000, and with global_pool="avg", whose norm comes after the mean.
         let parameters = |text: &str| text.parse::<VitConfig>().unwrap().parameters();
+        let larger = [
+            ("vit_tiny_patch16_384", 5_597_376),
+            ("vit_small_patch16_384", 21_811_584),
+            ("vit_small_patch32_384", 22_530_432),
+            ("vit_base_patch16_384", 86_090_496),
+            ("vit_base_patch32_384", 87_528_192),
+            ("vit_large_patch16_384", 303_690_752),
+            ("vit_large_patch32_384", 305_607_680),
+        ];
+        assert_eq!(larger.map(|(name, _)| (name, parameters(name))), larger);
+        // The same with num_classes=1000, and with global_pool="avg", whose norm comes after the mean.
+        assert_eq!(parameters("vit_base_patch16_384,classes=1000"), 86_859_496);
+        assert_eq!(parameters("vit_small_patch16_384,classes=1000"), 22_196_584);
         assert_eq!(parameters("vit_tiny_patch16_224,classes=1000"), 5_717_416);
         assert_eq!(parameters("vit_tiny_patch16_224,pool=avg"), 5_524_416);
     }
@@ -407,18 +452,41 @@ mod tests {
     }
 
     #[test]
+    fn a_size_alone_has_its_usual_patch_and_224_pixels() {
+        let parse = |text: &str| text.parse::<VitConfig>().unwrap();
+        for (short, whole) in [
+            ("vit_tiny", "vit_tiny_patch16_224"),
+            ("vit_small", "vit_small_patch16_224"),
+            ("vit_base", "vit_base_patch16_224"),
+            ("vit_large", "vit_large_patch16_224"),
+            ("vit_huge", "vit_huge_patch14_224"),
+            ("vit_giant", "vit_giant_patch14_224"),
+            ("vit_gigantic", "vit_gigantic_patch14_224"),
+            ("vit_base,image=384", "vit_base_patch16_384"),
+            ("vit_huge_patch16_448", "vit_huge,patch=16,image=448"),
+        ] {
+            assert_eq!(parse(short), parse(whole), "{short}");
+        }
+    }
+
+    #[test]
     fn what_is_no_vit_is_told() {
         let keys = "image, patch, dim, depth, heads, mlp, pool, classes";
-        let names: Vec<&str> = VitConfig::presets().map(|(name, _)| name).collect();
         let unknown = |name: &str| {
-            let known = names.join(", ");
             format!(
-                "{name:?} is neither the name of a ViT, which must come first, nor of the form key=value; names are {known}; keys are {keys}"
+                "{name:?} is neither the name of a ViT, which must come first, nor of the form key=value; names are \
+                 vit_SIZE and vit_SIZE_patchP_IMAGE, such as vit_base_patch16_384; sizes are tiny, small, base, large, \
+                 huge, giant, gigantic; keys are {keys}"
             )
         };
         let cases = [
             ("width=3", format!("a ViT has no \"width\"; it has {keys}")),
-            ("vit_base", unknown("vit_base")),
+            ("vit_medium", unknown("vit_medium")),
+            ("vit_base_patch16", unknown("vit_base_patch16")),
+            ("vit_base_patch16_clip_224", unknown("vit_base_patch16_clip_224")),
+            ("depth=6,vit_base", unknown("vit_base")),
+            ("vit_base_patch14_384", "image=384 is no multiple of patch=14".to_owned()),
+            ("vit_base_patch0_224", "patch=0: patch must be from 1 to 4096".to_owned()),
             ("dim=64,heads", unknown("heads")),
             ("", unknown("")),
             ("dim=8192,depth=128,mlp=16,heads=1", "309271797760 parameters are more than 3000000000".to_owned()),
