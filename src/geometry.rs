@@ -81,7 +81,9 @@ pub enum Overlap {
 
 /// Why a text is no overlap.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no overlap: give pixels such as 64px or a share of the tile such as 25%")]
+#[error(
+    "{0:?} is no overlap: it must be at least 0 and below the tile, in pixels such as 64px or as a share such as 25%"
+)]
 pub struct InvalidOverlap(pub String);
 
 impl Overlap {
@@ -365,8 +367,12 @@ mod tests {
         assert_eq!("64px".parse::<Overlap>().unwrap().in_pixels(256), 64);
         assert_eq!("64".parse::<Overlap>().unwrap().in_pixels(256), 64);
         assert_eq!("12.5%".parse::<Overlap>().unwrap().in_pixels(256), 32);
-        for bad in ["", "px", "-1px", "100%", "NaN%", "a quarter"] {
-            assert!(bad.parse::<Overlap>().is_err(), "{bad:?}");
+        for bad in ["", "px", "-1px", "100%", "120%", "-10%", "NaN%", "a quarter"] {
+            let error = bad.parse::<Overlap>().unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("{bad:?} is no overlap: it must be at least 0 and below the tile")),
+                "{error}"
+            );
         }
     }
 

@@ -118,6 +118,11 @@ fn what_has_no_answer_is_refused() {
     };
     refused(&["--vit", SMALL, "--slide-size", "20x1000"]).code(2).says(&["a tile of 32 px is larger than the slide"]);
     refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", "32px"]).code(2).says(&["no step"]);
+    for overlap in ["100%", "120%", "-10%", "-8px"] {
+        refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", overlap])
+            .code(2)
+            .says(&["is no overlap: it must be at least 0 and below the tile"]);
+    }
     refused(&["--vit", SMALL, "--slide-size", "100"]).code(2).says(&["100000x80000"]);
     refused(&["--vit", SMALL, "--slide-size", "100x100", "--tissue-fraction", "40"])
         .code(2)

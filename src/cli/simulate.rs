@@ -93,7 +93,7 @@ struct SlideOptions {
     #[arg(long, value_name = "X", help_heading = "Slide", conflicts_with = "profile")]
     slide_mpp: Option<Mpp>,
     /// What neighbouring tiles share: 64px or 25% [default: the model's]
-    #[arg(long, value_name = "LENGTH", help_heading = "Slide")]
+    #[arg(long, value_name = "LENGTH", help_heading = "Slide", allow_hyphen_values = true)]
     overlap: Option<Overlap>,
     /// Share of the tiles that have tissue
     #[arg(long, value_name = "F", help_heading = "Slide", requires = "slide_size", value_parser = share)]
@@ -203,7 +203,9 @@ impl SlideOptions {
         let overlap = self.overlap.unwrap_or(Overlap::Pixels(card.overlap));
         let tile = card.tile_size;
         if overlap.in_pixels(tile) >= tile {
-            return Err(Failure::usage(format!("--overlap {overlap} leaves no step between tiles of {tile} px")));
+            return Err(Failure::usage(format!(
+                "--overlap {overlap} leaves no step between tiles of {tile} px: it must be below the tile"
+            )));
         }
         let scanned = |name: &str, width, height, tissue_fraction| {
             let mpp = Mpp::new(0.25).ok();
