@@ -59,7 +59,32 @@ fn the_usual_count_of_tiles_is_printed() {
     let slide = ["--slide-size", "100000x80000", "--overlap", "25%", "--tissue-fraction", "0.4"];
     let outcome = simulate(&place, &[&["--vit", vit][..], &slide].concat());
     // ⌊(100,000 − 224) / 168⌋ + 1 = 594 by ⌊(80,000 − 224) / 168⌋ + 1 = 475.
-    outcome.code(0).shows(&["full_tiles  282,150", "113,288 to infer of 283,220 in the grid", "per day"]);
+    outcome.code(0).shows(&[
+        "100,000 × 80,000 px of 0.5 µm/px at level 0, tiles share 56 px",
+        "full_tiles  282,150",
+        "113,288 to infer of 283,220 in the grid: 40.0 % have tissue",
+        "per day",
+    ]);
+}
+
+#[test]
+fn a_profile_is_a_slide_that_may_be_adjusted() {
+    let place = Workplace::new();
+    let outcome = simulate(&place, &["--vit", SMALL, "--profile", "prostatectomy"]);
+    outcome.code(0).shows(&["whole-mount prostatectomy", "190,000 to infer\n", "per day"]);
+    // At 0.5 µm/px 60,000 × 45,000 px: 1,875 by ⌈1,406.25⌉ tiles of 32 px.
+    simulate(&place, &["--vit", SMALL, "--profile", "resection"]).code(0).shows(&[
+        "resection, 120,000 × 90,000 px of 0.25 µm/px",
+        "1,187,156 to infer of 2,638,125 in the grid: 45.0 % have tissue",
+    ]);
+    // At the model's own resolution 3,750 by ⌈2,812.5⌉.
+    let flags = ["--vit", SMALL, "--profile", "resection", "--slide-mpp", "0.5", "--tissue-fraction", "0.2"];
+    simulate(&place, &flags).code(0).shows(&[
+        "resection, 120,000 × 90,000 px of 0.5 µm/px",
+        "2,109,750 to infer of 10,548,750 in the grid: 20.0 % have tissue",
+        "full_tiles  10,545,000",
+    ]);
+    place.slidestream(["simulate", "--help"]).code(0).shows(&["120,000 × 90,000", "15 % tissue", "190,000 tiles"]);
 }
 
 #[test]
@@ -129,7 +154,14 @@ fn what_has_no_answer_is_refused() {
         .says(&["above 0 and at most 1"]);
     refused(&["--vit", SMALL, "--slide-size", "100x100", "--tissue-fraction", "0"]).code(2).says(&["above 0"]);
     refused(&["--vit", SMALL, "--profile", "prostatectomy", "--overlap", "8px"]).code(2).says(&["number of tiles"]);
-    refused(&["--vit", SMALL, "--overlap", "8px"]).code(2).says(&["give --slide or --slide-size"]);
+    refused(&["--vit", SMALL, "--profile", "prostatectomy", "--tissue-fraction", "0.5"])
+        .code(2)
+        .says(&["number of tiles"]);
+    refused(&["--vit", SMALL, "--overlap", "8px"]).code(2).says(&["give --slide, --slide-size or --profile"]);
+    refused(&["--vit", SMALL, "--tissue-fraction", "0.5"]).code(2).says(&["give --slide, --slide-size or --profile"]);
+    refused(&["--vit", SMALL, "--slide", "none.svs", "--tissue-fraction", "0.5"])
+        .code(2)
+        .says(&["cannot be used with"]);
     refused(&["--vit", SMALL, "--slide", "none.svs"]).code(1).says(&["none.svs"]);
     refused(&["--vit", SMALL, "--batch-sizes", "18446744073709551615"]).code(2).says(&["from 1 to 65536"]);
     refused(&["--vit", SMALL, "--task", "segmentation"]).code(2).says(&["--vit takes --target-mpp alone"]);

@@ -86,17 +86,18 @@ struct SlideOptions {
     /// Level-0 pixels, such as 100000x80000
     #[arg(long, value_name = "WxH", help_heading = "Slide", conflicts_with = "slide")]
     slide_size: Option<Size>,
-    /// A typical slide: biopsy, resection or prostatectomy
+    /// A typical slide: biopsy (40,000 × 20,000 px, 15 % tissue) or resection (120,000 × 90,000 px, 45 %), both of
+    /// 0.25 µm/px, or prostatectomy (a whole mount of 190,000 tiles)
     #[arg(long, value_name = "NAME", help_heading = "Slide", conflicts_with_all = ["slide", "slide_size"])]
     profile: Option<Profile>,
-    /// Resolution at level 0 in µm/px [default: that of the --slide; of a --slide-size the model's]
-    #[arg(long, value_name = "X", help_heading = "Slide", conflicts_with = "profile")]
+    /// Resolution at level 0 in µm/px [default: that of the --slide or --profile; of a --slide-size the model's]
+    #[arg(long, value_name = "X", help_heading = "Slide")]
     slide_mpp: Option<Mpp>,
     /// What neighbouring tiles share: 64px or 25% [default: the model's]
     #[arg(long, value_name = "LENGTH", help_heading = "Slide", allow_hyphen_values = true)]
     overlap: Option<Overlap>,
-    /// Share of the tiles that have tissue
-    #[arg(long, value_name = "F", help_heading = "Slide", requires = "slide_size", value_parser = share)]
+    /// Share of the tiles that have tissue [default: that of the --profile; of a --slide-size 1]
+    #[arg(long, value_name = "F", help_heading = "Slide", conflicts_with = "slide", value_parser = share)]
     tissue_fraction: Option<f64>,
 }
 
@@ -126,7 +127,7 @@ impl FromStr for Size {
     }
 }
 
-/// A kind of slide, scanned at 0.25 µm/px.
+/// A kind of slide.
 #[derive(Clone, Copy, Debug)]
 enum Profile {
     Biopsy,
@@ -199,7 +200,6 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
 
 impl SlideOptions {
     fn question(&self, card: &ModelCard) -> Result<Option<SlideQuestion>, Failure> {
-        let tissue_fraction = self.tissue_fraction.unwrap_or(1.0);
         let overlap = self.overlap.unwrap_or(Overlap::Pixels(card.overlap));
         let tile = card.tile_size;
         if overlap.in_pixels(tile) >= tile {
@@ -207,28 +207,30 @@ impl SlideOptions {
                 "--overlap {overlap} leaves no step between tiles of {tile} px: it must be below the tile"
             )));
         }
-        let scanned = |name: &str, width, height, tissue_fraction| {
-            let mpp = Mpp::new(0.25).ok();
-            let size = SlideSize { name: name.to_owned(), width, height, mpp, overlap, tissue_fraction };
-            Some(SlideQuestion::Size(size))
+        let is_described = self.overlap.is_some() || self.slide_mpp.is_some() || self.tissue_fraction.is_some();
+        let of_size = |name: &str, (width, height), mpp: Option<Mpp>, tissue_fraction| {
+            let mpp = self.slide_mpp.or(mpp);
+            let tissue_fraction = self.tissue_fraction.unwrap_or(tissue_fraction);
+            SlideQuestion::Size(SlideSize { name: name.to_owned(), width, height, mpp, overlap, tissue_fraction })
         };
+        let scanned = Mpp::new(0.25).ok();
         Ok(match (&self.slide, self.slide_size, self.profile) {
             (Some(path), ..) => Some(SlideQuestion::File { path: path.clone(), mpp: self.slide_mpp, overlap }),
-            (None, Some(Size(width, height)), _) => {
-                let name = format!("{width} × {height} px");
-                let size = SlideSize { name, width, height, mpp: self.slide_mpp, overlap, tissue_fraction };
-                Some(SlideQuestion::Size(size))
-            }
-            (None, None, Some(Profile::Biopsy)) => scanned("biopsy", 40_000, 20_000, 0.15),
-            (None, None, Some(Profile::Resection)) => scanned("resection", 120_000, 90_000, 0.45),
-            (None, None, Some(Profile::Prostatectomy)) if self.overlap.is_some() => {
-                return Err(Failure::usage("--overlap: this profile is a number of tiles"));
+            (None, Some(Size(width, height)), _) => Some(of_size("of a given size", (width, height), None, 1.0)),
+            (None, None, Some(Profile::Biopsy)) => Some(of_size("biopsy", (40_000, 20_000), scanned, 0.15)),
+            (None, None, Some(Profile::Resection)) => Some(of_size("resection", (120_000, 90_000), scanned, 0.45)),
+            (None, None, Some(Profile::Prostatectomy)) if is_described => {
+                return Err(Failure::usage(
+                    "prostatectomy is a number of tiles: it has no --overlap, --slide-mpp or --tissue-fraction",
+                ));
             }
             (None, None, Some(Profile::Prostatectomy)) => {
                 Some(SlideQuestion::Tiles { name: "whole-mount prostatectomy".to_owned(), tiles: 190_000 })
             }
-            (None, None, None) if self.overlap.is_some() || self.slide_mpp.is_some() => {
-                return Err(Failure::usage("--overlap and --slide-mpp are of a slide: give --slide or --slide-size"));
+            (None, None, None) if is_described => {
+                return Err(Failure::usage(
+                    "--overlap, --slide-mpp, --tissue-fraction are a slide's: give --slide, --slide-size or --profile",
+                ));
             }
             (None, None, None) => None,
         })
@@ -378,13 +380,17 @@ fn row(point: &PointRecord) -> String {
 }
 
 fn estimate(slide: &EstimateRecord) -> String {
-    let mut tiles = format!("{} to infer", count(slide.tiles));
-    if let Some(grid) = slide.grid_tiles {
-        write!(tiles, " of {} in the grid", count(grid)).ok();
-    }
     let mut name = slide.name.clone();
-    if let (Some(mpp), Some(overlap)) = (slide.mpp, slide.overlap) {
-        write!(name, ", {mpp} µm/px at level 0, tiles share {overlap} px").ok();
+    match (slide.width, slide.height, slide.mpp, slide.overlap) {
+        (Some(width), Some(height), Some(mpp), Some(overlap)) => {
+            let (width, height) = (count(width), count(height));
+            write!(name, ", {width} × {height} px of {mpp} µm/px at level 0, tiles share {overlap} px").ok();
+        }
+        _ => name.push_str(", known by its number of tiles alone"),
+    }
+    let mut tiles = format!("{} to infer", count(slide.tiles));
+    if let (Some(grid), Some(tissue)) = (slide.grid_tiles, slide.tissue_fraction) {
+        write!(tiles, " of {} in the grid: {:.1} % have tissue", count(grid), 100.0 * tissue).ok();
     }
     let mut rows = vec![("slide", name), ("tiles", tiles)];
     if let Some(full) = slide.full_tiles {
