@@ -117,6 +117,18 @@ fn a_real_slide_tells_its_tissue_and_how_fast_it_is_read() {
 }
 
 #[test]
+fn full_tiles_of_a_real_slide_are_counted() {
+    let place = Workplace::new();
+    let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(288, 160, 5) };
+    let slide = place.slide("s.svs", &slide, &SvsOptions::default());
+    let flags = ["--vit", SMALL, "--slide", slide.to_str().unwrap(), "--overlap", "20%"];
+    // Stride 25.6: ⌊256 / 25.6⌋ + 1 = 11 by ⌊128 / 25.6⌋ + 1 = 6.
+    let found = simulate(&place, &[&flags[..], &["--json"]].concat()).code(0).json();
+    assert_eq!(found["slide"]["full_tiles"], 66);
+    simulate(&place, &flags).code(0).shows(&["full_tiles  66 lie wholly", "s.svs, 288 × 160 px of 0.5 µm/px"]);
+}
+
+#[test]
 fn it_runs_what_a_run_runs() {
     let place = Workplace::new();
     let slide = SyntheticSlide { tissue: Tissue::Everywhere, ..SyntheticSlide::new(300, 200, 5) };

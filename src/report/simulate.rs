@@ -124,11 +124,14 @@ pub struct EstimateRecord {
     pub height: Option<u64>,
     /// Tiles of the grid, which covers the edges too.
     pub grid_tiles: Option<u64>,
-    /// Tiles that lie wholly on the slide: `(⌊(w − tile) / stride⌋ + 1) · (⌊(h − tile) / stride⌋ + 1)`.
+    /// Tiles that lie wholly on the slide: `(⌊(w − tile) / stride⌋ + 1) · (⌊(h − tile) / stride⌋ + 1)`, in the model's pixels;
+    /// the stride is `tile · (1 − overlap)` unrounded where the overlap is a share. Absent if only the number of tiles is
+    /// known.
     pub full_tiles: Option<u64>,
     /// Resolution at level 0 in µm/px; absent if only the number of tiles is known.
     pub mpp: Option<f64>,
-    /// What neighbouring tiles share, in the model's pixels; absent if only the number of tiles is known.
+    /// What neighbouring tiles of the grid share, in whole pixels of the model; absent if only the number of tiles is
+    /// known.
     pub overlap: Option<u32>,
     /// Share of the grid's tiles that have tissue.
     pub tissue_fraction: Option<f64>,

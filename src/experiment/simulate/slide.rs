@@ -57,7 +57,7 @@ impl SlideQuestion {
     /// # Errors
     /// [`ExperimentError`] if the slide can't be read or cut into tiles, or has none with tissue.
     pub fn count(&self, card: &ModelCard) -> Result<CountedSlide, ExperimentError> {
-        let counted = match self {
+        let (record, plan) = match self {
             Self::Size(size) => {
                 let counts = size.tiles(card)?;
                 let record = EstimateRecord {
@@ -72,27 +72,27 @@ impl SlideQuestion {
                     tiles: counts.tissue,
                     ..EstimateRecord::default()
                 };
-                CountedSlide { record, plan: None }
+                (record, None)
             }
             Self::Tiles { name, tiles } => {
                 let record = EstimateRecord { name: name.clone(), tiles: *tiles, ..EstimateRecord::default() };
-                CountedSlide { record, plan: None }
+                (record, None)
             }
             Self::File { path, mpp, overlap } => {
-                let overlap = overlap.in_pixels(card.tile_size);
-                let tiling = TilingConfig { overlap, slide_mpp: *mpp, ..TilingConfig::of(card) };
+                let pixels = overlap.in_pixels(card.tile_size);
+                let tiling = TilingConfig { overlap: pixels, slide_mpp: *mpp, ..TilingConfig::of(card) };
                 let plan = plan::plan(Slide::open(path, tiling.reader)?, &tiling)?;
-                CountedSlide { record: of_plan(&plan), plan: Some(plan) }
+                (of_plan(&plan, *overlap), Some(plan))
             }
         };
-        if counted.record.tiles == 0 {
-            return Err(ExperimentError::NoTiles { path: PathBuf::from(&counted.record.name) });
+        if record.tiles == 0 {
+            return Err(ExperimentError::NoTiles { path: PathBuf::from(&record.name) });
         }
-        Ok(counted)
+        Ok(CountedSlide { record, plan })
     }
 }
 
-fn of_plan(plan: &SlidePlan) -> EstimateRecord {
+fn of_plan(plan: &SlidePlan, overlap: Overlap) -> EstimateRecord {
     let (extent, tiles) = (plan.slide.extent(), plan.positions.len() as u64);
     EstimateRecord {
         name: plan.slide.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -101,6 +101,7 @@ fn of_plan(plan: &SlidePlan) -> EstimateRecord {
         mpp: Some(plan.pixel_size.x.get()),
         overlap: Some(plan.overlap),
         grid_tiles: Some(plan.grid_tiles),
+        full_tiles: Some(full_tiles(&plan.plane, overlap)),
         tissue_fraction: Some(tiles as f64 / plan.grid_tiles.max(1) as f64),
         tiles,
         ..EstimateRecord::default()
@@ -141,13 +142,29 @@ impl SlideSize {
             let (width, height) = (plane.width(), plane.height());
             return Err(ExperimentError::TileLargerThanSlide { tile: card.tile_size, width, height });
         }
-        let overlap = self.overlap.in_pixels(card.tile_size);
-        let grid = TileGrid::new(plane, overlap)?;
-        let full = |extent: u64| (extent - tile) / u64::from(grid.stride) + 1;
+        let grid = TileGrid::new(plane, self.overlap.in_pixels(card.tile_size))?;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count")]
         let tissue = (grid.len() as f64 * self.tissue_fraction).round().max(1.0) as u64;
-        Ok(TileCounts { grid: grid.len(), full: full(plane.width()) * full(plane.height()), tissue })
+        Ok(TileCounts { grid: grid.len(), full: full_tiles(&plane, self.overlap), tissue })
     }
+}
+
+/// Tiles that lie wholly on the plane, by the usual formula: `(⌊(w − tile) / stride⌋ + 1) · (⌊(h − tile) / stride⌋ + 1)`.
+/// The stride is a fraction of pixels where the overlap is a share, unlike that of the grid.
+fn full_tiles(plane: &TilePlane, overlap: Overlap) -> u64 {
+    let tile = f64::from(plane.tile_size);
+    // In hundredths of a pixel the stride of a whole percentage is a whole number, so that no step is lost to rounding.
+    let hundredths = match overlap {
+        Overlap::Pixels(pixels) => 100.0 * (tile - f64::from(pixels)),
+        Overlap::Percent(percent) => tile * (100.0 - percent),
+    };
+    let along = |extent: u64| {
+        let rest = extent as f64 - tile;
+        if rest < 0.0 { 0.0 } else { (100.0 * rest / hundredths).floor() + 1.0 }
+    };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
+    let full = (along(plane.width()) * along(plane.height())) as u64;
+    full
 }
 
 /// Tiles of a slide.
@@ -271,6 +288,7 @@ fn together(machine: &Machine, reading: Option<f64>) -> (f64, String) {
 mod tests {
     use super::*;
     use crate::inference::BareModel;
+    use crate::onnx::vit::VitConfig;
     use std::path::Path;
 
     fn card(tile_size: u32) -> ModelCard {
@@ -299,6 +317,32 @@ mod tests {
         let mpp = Mpp::new(card(224).mpp.get() / 2.0).ok();
         let finer = SlideSize { mpp, ..size(4480, 896, "0px") }.tiles(&card(224)).unwrap();
         assert_eq!(finer.full, 20);
+    }
+
+    #[test]
+    fn full_tiles_are_counted_with_the_stride_as_it_is() {
+        let vit: VitConfig = "vit_base".parse().unwrap();
+        let card = card(u32::try_from(vit.image).unwrap());
+        // Tiles of 224 px. At 10 % the stride is 201.6: ⌊99,776 / 201.6⌋ + 1 = 495, ⌊79,776 / 201.6⌋ + 1 = 396.
+        let counts = [
+            ("0%", 446 * 357),
+            ("10%", 495 * 396),
+            ("15%", 525 * 419),
+            ("20%", 557 * 446),
+            ("25%", 594 * 475),
+            ("35%", 686 * 548),
+            // 160 px from one to the next.
+            ("64px", 624 * 499),
+        ];
+        for (overlap, count) in counts {
+            assert_eq!(size(100_000, 80_000, overlap).tiles(&card).unwrap().full, count, "{overlap}");
+        }
+        assert_eq!([495 * 396, 525 * 419, 557 * 446, 686 * 548], [196_020, 219_975, 248_422, 375_928]);
+        // The grid's stride is whole: 202 at 10 %, ⌈99,776 / 202⌉ + 1 = 495, ⌈79,776 / 202⌉ + 1 = 396.
+        assert_eq!(size(100_000, 80_000, "10%").tiles(&card).unwrap().grid, 495 * 396);
+        // Ten strides of 201.6 and not a pixel more.
+        assert_eq!(size(224 + 2016, 224, "10%").tiles(&card).unwrap().full, 11);
+        assert_eq!(size(224 + 2015, 224, "10%").tiles(&card).unwrap().full, 10);
     }
 
     #[test]
