@@ -62,7 +62,7 @@ pub(super) struct Args {
     /// Most seconds to measure each batch size, once it had its fewest rounds
     #[arg(long, value_name = "N", default_value = "10")]
     seconds: u64,
-    /// Power of the machine in watts while it infers, for the energy [default: what the GPU tells]
+    /// Power of the machine in watts while it infers, for the energy [default: what the GPU tells of itself alone]
     #[arg(long, value_name = "W", value_parser = watts)]
     watts: Option<f64>,
     /// Print the record as JSON instead of the summary
@@ -409,7 +409,8 @@ fn estimate(slide: &EstimateRecord) -> String {
         format!("{} per hour, {} per day", significant(slide.slides_per_hour), significant(slide.slides_per_day)),
     ));
     if let (Some(energy), Some(watts)) = (slide.kwh_per_1000_slides, slide.watts) {
-        rows.push(("energy", format!("{} kWh per 1,000 slides at {watts:.0} W", significant(energy))));
+        let whose = if slide.watts_are_of_gpus { " of the GPUs alone, without CPU and host" } else { "" };
+        rows.push(("energy", format!("{} kWh per 1,000 slides at {watts:.0} W{whose}", significant(energy))));
     }
     columns(rows)
 }
@@ -420,4 +421,21 @@ fn mebibytes_of(bytes: u64) -> f64 {
 
 fn giga(flops: f64) -> String {
     format!("{:.2}", flops / 1e9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_said_whose_power_the_energy_is_of() {
+        let own = EstimateRecord { watts: Some(500.0), kwh_per_1000_slides: Some(264.0), ..EstimateRecord::default() };
+        let of_gpus = EstimateRecord { watts_are_of_gpus: true, ..own.clone() };
+        assert!(estimate(&own).ends_with("264 kWh per 1,000 slides at 500 W\n"), "{}", estimate(&own));
+        let text = estimate(&of_gpus);
+        assert!(
+            text.ends_with("264 kWh per 1,000 slides at 500 W of the GPUs alone, without CPU and host\n"),
+            "{text}"
+        );
+    }
 }

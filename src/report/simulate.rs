@@ -145,7 +145,7 @@ pub struct EstimateRecord {
     pub tiles_per_sec: f64,
     /// Of the slide.
     pub seconds: f64,
-    /// What bounds it, in a sentence.
+    /// What bounds it, in a sentence, and what the estimate leaves out.
     pub bound_by: String,
     /// Slides of this kind in an hour.
     pub slides_per_hour: f64,
@@ -153,6 +153,9 @@ pub struct EstimateRecord {
     pub slides_per_day: f64,
     /// Power that the energy follows from, in watts: as it was given, else that of the GPUs alone.
     pub watts: Option<f64>,
+    /// Whether the power is that of the GPUs alone, without CPU and host.
+    #[serde(default)]
+    pub watts_are_of_gpus: bool,
     /// Energy of 1,000 slides in kilowatt-hours, if the power is known.
     pub kwh_per_1000_slides: Option<f64>,
 }

@@ -47,7 +47,7 @@ pub struct SimulateRequest {
     pub vit: Option<VitConfig>,
     /// The slide whose time is asked for.
     pub slide: Option<CountedSlide>,
-    /// Power of the machine while it infers, where it is known better than a GPU tells it.
+    /// Power of the machine while it infers; a GPU tells only its own.
     pub watts: Option<f64>,
 }
 
@@ -113,12 +113,14 @@ pub fn simulate(
     found.peak_host_bytes = host_bytes.max(resources::peak_host_bytes());
     if let Some(slide) = &request.slide {
         say("estimating the slide");
+        let gpu_watts = best.and_then(|point| point.watts);
         let machine = Machine {
             inference: best.map_or(0.0, |point| point.tiles_per_sec.value),
             shares_cores: devices.contains(&Device::Cpu),
             readers: found.execution.readers,
             cores: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
-            watts: request.watts.or(best.and_then(|point| point.watts)),
+            watts: request.watts.or(gpu_watts),
+            watts_are_of_gpus: request.watts.is_none() && gpu_watts.is_some(),
         };
         found.slide = Some(slide.estimate(&machine)?);
     }

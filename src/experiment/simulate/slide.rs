@@ -9,7 +9,7 @@ use crate::engine::config::TilingConfig;
 use crate::engine::plan::{self, SlidePlan};
 use crate::experiment::ExperimentError;
 use crate::geometry::{Level0Rect, Mpp, Overlap, PixelSize, TileGrid, TilePlane, TilePosition};
-use crate::inference::ModelCard;
+use crate::inference::{ModelCard, Task};
 use crate::report::EstimateRecord;
 use crate::slide::{ReadOptions, Slide, TileReader};
 
@@ -19,6 +19,9 @@ const MOST_READ: usize = 512;
 const STRETCH: usize = 64;
 /// How long reading is measured, at most.
 const MOST_READ_TIME: Duration = Duration::from_secs(5);
+/// Ends the sentence on what bounds a segmentation model.
+const LEFT_OUT: &str =
+    "; stitching and writing the maps are not part of this estimate, `run` ends with what bounded it";
 
 /// A slide whose time is asked for.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,6 +52,8 @@ pub struct CountedSlide {
     record: EstimateRecord,
     /// Of a real slide.
     plan: Option<SlidePlan>,
+    /// Whether a run would stitch and write maps.
+    has_maps: bool,
 }
 
 impl SlideQuestion {
@@ -88,7 +93,7 @@ impl SlideQuestion {
         if record.tiles == 0 {
             return Err(ExperimentError::NoTiles { path: PathBuf::from(&record.name) });
         }
-        Ok(CountedSlide { record, plan })
+        Ok(CountedSlide { record, plan, has_maps: card.task == Task::Segmentation })
     }
 }
 
@@ -189,6 +194,8 @@ pub(super) struct Machine {
     pub(super) cores: usize,
     /// Power while it infers.
     pub(super) watts: Option<f64>,
+    /// Whether that is what the GPUs tell, which is theirs alone.
+    pub(super) watts_are_of_gpus: bool,
 }
 
 impl CountedSlide {
@@ -201,7 +208,10 @@ impl CountedSlide {
             return Err(ExperimentError::NoThroughput);
         }
         let reading = self.plan.as_ref().map(|plan| reading_rate(plan, machine.readers)).transpose()?;
-        let (tiles_per_sec, bound_by) = together(machine, reading);
+        let (tiles_per_sec, mut bound_by) = together(machine, reading);
+        if self.has_maps {
+            bound_by.push_str(LEFT_OUT);
+        }
         let seconds = self.record.tiles as f64 / tiles_per_sec;
         let per_hour = 3600.0 / seconds;
         Ok(EstimateRecord {
@@ -213,6 +223,7 @@ impl CountedSlide {
             slides_per_hour: per_hour,
             slides_per_day: 24.0 * per_hour,
             watts: machine.watts,
+            watts_are_of_gpus: machine.watts_are_of_gpus,
             kwh_per_1000_slides: machine.watts.map(|watts| watts * seconds * 1000.0 / 3.6e6),
             ..self.record.clone()
         })
@@ -301,8 +312,14 @@ mod tests {
         SlideSize { name: "a slide".to_owned(), width, height, mpp: None, overlap, tissue_fraction: 0.4 }
     }
 
-    const MACHINE: Machine =
-        Machine { inference: 100.0, shares_cores: false, readers: 4, cores: 16, watts: Some(500.0) };
+    const MACHINE: Machine = Machine {
+        inference: 100.0,
+        shares_cores: false,
+        readers: 4,
+        cores: 16,
+        watts: Some(500.0),
+        watts_are_of_gpus: true,
+    };
 
     #[test]
     fn tiles_are_counted_by_both_rules() {
@@ -353,7 +370,20 @@ mod tests {
         assert!(error.contains("no step"), "{error}");
         let nothing = Machine { inference: 0.0, ..MACHINE };
         let counted = SlideQuestion::Size(size(1000, 1000, "0px")).count(&card(224)).unwrap();
-        assert!(counted.estimate(&nothing).is_err());
+        let error = counted.estimate(&nothing).err().unwrap().to_string();
+        assert_eq!(error, "the model inferred no tile, so that no time of a slide follows");
+    }
+
+    #[test]
+    fn what_an_estimate_of_maps_leaves_out_is_told() {
+        let question = SlideQuestion::Tiles { name: "many".to_owned(), tiles: 1000 };
+        let bound_by = |task| {
+            let card = ModelCard { task, ..card(224) };
+            question.count(&card).unwrap().estimate(&MACHINE).unwrap().bound_by
+        };
+        assert!(bound_by(Task::Segmentation).starts_with("inference; "));
+        assert!(bound_by(Task::Segmentation).ends_with(LEFT_OUT));
+        assert!(!bound_by(Task::Classification).contains("stitching"));
     }
 
     #[test]
@@ -363,7 +393,7 @@ mod tests {
         assert_eq!((record.seconds, record.slides_per_day), (1900.0, 24.0 * 3600.0 / 1900.0));
         // 500 W for 1,900 s are 0.264 kWh.
         assert!((record.kwh_per_1000_slides.unwrap() - 263.9).abs() < 0.1);
-        assert_eq!(record.watts, Some(500.0));
+        assert_eq!((record.watts, record.watts_are_of_gpus), (Some(500.0), true));
     }
 
     #[test]
