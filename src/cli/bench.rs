@@ -109,9 +109,10 @@ struct VitArgs {
 /// What both have.
 #[derive(clap::Args, Debug)]
 struct Common {
-    /// auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: DeviceRequest,
+    /// auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1, whose devices share the work; `vit` measures on each if it is
+    /// given several times
+    #[arg(long = "device", value_name = "DEVICE", default_value = "auto")]
+    devices: Vec<DeviceRequest>,
     /// auto, cpu, openvino, cuda or tensorrt
     #[arg(long, value_name = "NAME", default_value = "auto")]
     provider: ProviderRequest,
@@ -147,6 +148,9 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
 }
 
 fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
+    if args.common.devices.len() > 1 {
+        return Err(Failure::usage("--device: bench lora compares on one device, or on a list that shares the work"));
+    }
     let mut load = args.common.load(args.batch_size);
     load.variant.clone_from(&args.variant);
     if let Some(file) = &args.alone {
@@ -162,10 +166,7 @@ fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
     let folder = temporary_folder()?;
     let mut talk = args.common.talk();
     let card = match &args.vit {
-        Some(config) => ModelCard {
-            name: vit::name_of(config),
-            ..simulate::built(config, folder.path(), args.bare.of_vit()?, &mut talk)?
-        },
+        Some(config) => simulate::built(config, folder.path(), args.bare.of_vit()?, &mut talk)?,
         None => args.card(Path::new(""))?,
     };
     let mut ranks: Vec<usize> = args.ranks.iter().map(|rank| rank.get()).collect();
@@ -210,7 +211,7 @@ fn bench_vit(args: &VitArgs) -> Result<Outcome, Failure> {
         models,
         precisions: args.precision.iter().map(|precision| word_of(*precision).to_owned()).collect(),
         batch_sizes: args.batch_sizes.clone(),
-        replicas: args.common.replicas()?,
+        places: args.common.places()?,
         skipped,
     };
     let mut talk = args.common.talk();
@@ -260,10 +261,11 @@ fn word_of(precision: Precision) -> &'static str {
 }
 
 impl Common {
+    /// On the first place of `vit`, the only one of `lora`.
     fn load(&self, batch_size: Option<NonZeroUsize>) -> LoadRequest {
         LoadRequest {
             variant: None,
-            devices: self.device.clone(),
+            devices: self.devices.first().cloned().unwrap_or(DeviceRequest::Auto),
             provider: self.provider,
             batch_size,
             readers: None,
@@ -288,9 +290,15 @@ impl Common {
         self.baseline.as_deref().map(read).transpose()
     }
 
-    /// How many devices, or sessions on a single one, were asked for, if it is more than one.
-    fn replicas(&self) -> Result<Option<usize>, Failure> {
-        Ok(self.load(None).on_one()?.map(|(_, replicas)| replicas))
+    /// Where to measure.
+    fn places(&self) -> Result<Vec<vit::Place>, Failure> {
+        let place = |devices: &DeviceRequest| {
+            let load = LoadRequest { devices: devices.clone(), ..self.load(None) };
+            let found = device::resolve(&load.devices, load.provider, None)?;
+            let device = (self.devices.len() > 1).then(|| device::in_words(&found.devices));
+            Ok(vit::Place { device, replicas: load.on_one()?.map(|(_, replicas)| replicas) })
+        };
+        self.devices.iter().map(place).collect()
     }
 
     /// What `simulate` finds out in a process of its own.
@@ -300,6 +308,9 @@ impl Common {
         command.args(["simulate", "--json", "--quiet", "--seconds", &self.seconds.to_string()]);
         command.args(["--vit", &case.config.to_string()]);
         let mut load = self.load(None);
+        if let Some(device) = &case.device {
+            load.devices = device.parse().map_err(|error| broken(&error))?;
+        }
         if let (true, Some((one, _))) = (case.is_of_one, load.on_one().map_err(|error| broken(&error))?) {
             load = one;
         }
@@ -359,8 +370,19 @@ impl Common {
 }
 
 fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {
-    let heads =
-        ["entry", "samples/s", "[95 %]", "ms/sample", "ratio", "parameters", "share", "GFLOP", "memory", "busy"];
+    let heads = [
+        "entry",
+        "samples/s",
+        "[95 %]",
+        "ms/sample",
+        "ratio",
+        "parameters",
+        "share",
+        "GFLOP",
+        "start",
+        "memory",
+        "busy",
+    ];
     let rows: Vec<Vec<String>> = record.found.entries.iter().map(|entry| cells(entry).to_vec()).collect();
     let mut text = format!("{}\n\n{}\n", record.found.subject, table(&heads, &rows));
     for left in &record.found.skipped {
@@ -375,7 +397,7 @@ fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {
     text
 }
 
-fn cells(entry: &BenchEntry) -> [String; 10] {
+fn cells(entry: &BenchEntry) -> [String; 11] {
     let rate = &entry.samples_per_sec;
     let ratio = entry
         .ratio
@@ -390,6 +412,7 @@ fn cells(entry: &BenchEntry) -> [String; 10] {
         count(entry.parameters),
         unmerged.map_or_else(String::new, |lora| format!("{:.2} %", 100.0 * lora.share_of_parameters)),
         format!("{:.2}", entry.flops as f64 / 1e9),
+        entry.start_secs.map_or_else(String::new, |secs| format!("{secs:.2} s")),
         entry.peak_bytes().map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))),
         entry.busy_in_words(),
     ]

@@ -64,7 +64,7 @@ pub(crate) struct TilingOptions {
     #[arg(long, value_name = "F", help_heading = "Tiles")]
     mpp_tolerance: Option<Text>,
     /// What neighbouring tiles share: 64px or 25%
-    #[arg(long, value_name = "LENGTH", help_heading = "Tiles")]
+    #[arg(long, value_name = "LENGTH", help_heading = "Tiles", allow_hyphen_values = true)]
     overlap: Option<Text>,
     /// The part of the slide to cover, in level-0 pixels
     #[arg(long, value_name = "X,Y,W,H", help_heading = "Tiles")]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use slidestream::engine::{LoadRequest, cohort};
 use slidestream::experiment::ExperimentError;
+use slidestream::experiment::bench::vit::name_of;
 use slidestream::experiment::optimize::{self, OptimizeRequest, Precision, Target};
 use slidestream::experiment::simulate::{self, SimulateRequest, SlideQuestion, SlideSize};
 use slidestream::experiment::tiles::TileSet;
@@ -247,7 +248,7 @@ pub(super) fn built(
     say("building the model");
     let file = folder.join("vit.onnx");
     vit::build(config, SEED).map_err(ExperimentError::from)?.save_with_weights(&file)?;
-    card_of(config, &file, mpp)
+    Ok(ModelCard { name: name_of(config), ..card_of(config, &file, mpp)? })
 }
 
 /// The card of a model file that has the inputs and outputs of a ViT, which sees slides at 0.5 µm/px unless told

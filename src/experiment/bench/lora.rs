@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::sessions_busy;
 use crate::engine::{Engine, EngineError, LoadRequest, stage_record};
@@ -117,13 +117,17 @@ pub fn alone(card: &ModelCard, file: &Path, load: &LoadRequest) -> Result<AloneR
     let tiles = TileSet::synthetic(card.tile_size, TILES, SEED).tiles;
     let turns = if devices.contains(&Device::Cpu) { ALONE_TURNS } else { ALONE_TURNS_ON_GPU };
     let idle_bytes = resources::used_device_bytes(&devices);
+    let start = Instant::now();
     let mut engine = Engine::load(card.clone(), &of_one_variant(load), config(&card))?;
+    engine.simulate(&tiles, engine.batches_of_all(), &Cancel::default(), &mut |_| false)?;
+    let start_secs = start.elapsed().as_secs_f64();
     let batches = batches_for(&mut engine, &tiles, TURN_SECS)?;
     let (ran, seen) = resources::watched_since(&devices, idle_bytes, || {
         engine.simulate(&tiles, batches, &Cancel::default(), &mut |rounds| rounds.len() < turns)
     });
     let stages: Vec<_> = ran?.stages.iter().map(stage_record).collect();
     Ok(AloneRecord {
+        start_secs: Some(start_secs),
         peak_host_bytes: resources::peak_host_bytes(),
         peak_device_bytes: seen.peak_bytes,
         utilisation: seen.mean_busy().or_else(|| sessions_busy(&stages)),
@@ -351,6 +355,7 @@ impl Subject {
             ms_per_sample: 1e3 / value,
             rounds_samples_per_sec: rounds,
             ratio: ratio.map(Into::into),
+            start_secs: self.alone.start_secs,
             peak_host_bytes: self.alone.peak_host_bytes,
             peak_device_bytes: self.alone.peak_device_bytes,
             utilisation: self.alone.utilisation,

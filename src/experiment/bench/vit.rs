@@ -41,8 +41,19 @@ pub struct Case {
     pub precision: Option<String>,
     /// Tiles per batch of one session; `None` for the device's own.
     pub batch_size: Option<NonZeroUsize>,
+    /// Where it runs; `None` where all run on the same.
+    pub device: Option<String>,
     /// On one device, or by one session, to tell what more of them bring.
     pub is_of_one: bool,
+}
+
+/// Devices that every case is measured on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// In words; `None` if there is just one place.
+    pub device: Option<String>,
+    /// Devices, or sessions on a single one, if more than one was asked for.
+    pub replicas: Option<usize>,
 }
 
 /// What is to be measured.
@@ -54,8 +65,8 @@ pub struct VitRequest {
     pub precisions: Vec<String>,
     /// Batch sizes; empty for the device's own.
     pub batch_sizes: Vec<NonZeroUsize>,
-    /// Devices, or sessions on a single one, if more than one was asked for.
-    pub replicas: Option<usize>,
+    /// Where; at least one.
+    pub places: Vec<Place>,
     /// What can't be built, and why.
     pub skipped: Vec<LeftOutRecord>,
 }
@@ -110,7 +121,8 @@ fn vary<T: Copy>(all: &mut Vec<VitConfig>, values: &[T], set: impl Fn(&mut VitCo
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {}", self.model, self.precision.as_deref().unwrap_or("as built"))?;
-        self.batch_size.map_or(Ok(()), |batch_size| write!(f, ", batch {batch_size}"))
+        self.batch_size.map_or(Ok(()), |batch_size| write!(f, ", batch {batch_size}"))?;
+        self.device.as_ref().map_or(Ok(()), |device| write!(f, ", {device}"))
     }
 }
 
@@ -126,11 +138,11 @@ pub fn bench(
 ) -> Result<Bench, ExperimentError> {
     let cases = cases(request);
     let (mut entries, mut skipped) = (Vec::new(), request.skipped.clone());
-    for (index, case) in cases.iter().enumerate() {
+    for (index, (case, replicas)) in cases.iter().enumerate() {
         say(&format!("{} of {}: {case}", index + 1, cases.len()));
         let measured = simulate(case).and_then(|found| {
             let entry = entry(case, &found)?;
-            let Some(replicas) = request.replicas else { return Ok(entry) };
+            let Some(replicas) = *replicas else { return Ok(entry) };
             say("the same on one");
             // The same batch for each, or it would be another measurement.
             let one = Case { batch_size: NonZeroUsize::new(entry.batch_size), is_of_one: true, ..case.clone() };
@@ -153,7 +165,8 @@ pub fn bench(
     Ok(Bench { kind: BenchKind::Vit, subject, lora_targets: Vec::new(), entries, skipped })
 }
 
-fn cases(request: &VitRequest) -> Vec<Case> {
+/// Every case, and how many devices or sessions it runs on if they are several.
+fn cases(request: &VitRequest) -> Vec<(Case, Option<usize>)> {
     let or_one = |empty: bool| if empty { 1 } else { 0 };
     let precisions = || {
         let named = request.precisions.iter().cloned().map(Some);
@@ -167,8 +180,11 @@ fn cases(request: &VitRequest) -> Vec<Case> {
     for (model, config) in &request.models {
         for precision in precisions() {
             for batch_size in batch_sizes() {
-                let (config, model, precision) = (config.clone(), model.clone(), precision.clone());
-                cases.push(Case { config, model, precision, batch_size, is_of_one: false });
+                cases.extend(request.places.iter().map(|place| {
+                    let (config, model, precision) = (config.clone(), model.clone(), precision.clone());
+                    let device = place.device.clone();
+                    (Case { config, model, precision, batch_size, device, is_of_one: false }, place.replicas)
+                }));
             }
         }
     }
@@ -196,6 +212,7 @@ fn entry(case: &Case, found: &Simulation) -> Result<BenchEntry, String> {
         ms_per_sample: 1e3 / rate.value,
         rounds_samples_per_sec: point.samples_tiles_per_sec.clone(),
         ratio: None,
+        start_secs: Some(found.load_secs + found.first_batch_secs),
         peak_host_bytes: found.peak_host_bytes,
         peak_device_bytes: point.peak_device_bytes,
         utilisation: point.device_utilisation.or_else(|| sessions_busy(&point.stages)),
@@ -271,9 +288,27 @@ mod tests {
             models: vec![("a".to_owned(), VitConfig::default()), ("b".to_owned(), VitConfig::default())],
             precisions: vec!["fp32".to_owned(), "int8".to_owned()],
             batch_sizes: Vec::new(),
-            replicas: Some(2),
+            places: vec![Place { device: None, replicas: Some(2) }],
             skipped: Vec::new(),
         }
+    }
+
+    #[test]
+    fn every_case_runs_at_every_place() {
+        let places = [("cpu", None), ("cuda:0,cuda:1", Some(2))];
+        let places = places.map(|(device, replicas)| Place { device: Some(device.to_owned()), replicas }).to_vec();
+        let mut asked = Vec::new();
+        let mut simulate = |case: &Case| {
+            asked.push((case.device.clone().unwrap(), case.is_of_one));
+            Ok(simulated(10.0))
+        };
+        let request = VitRequest { precisions: Vec::new(), places, ..request() };
+        let found = bench(&request, &mut simulate, &mut |_| {}).unwrap();
+        let names: Vec<&str> = found.entries.iter().map(|entry| entry.name.as_str()).collect();
+        assert_eq!(names[..2], ["a, as built, batch 4, cpu", "a, as built, batch 4, cuda:0,cuda:1"]);
+        let asked: Vec<(&str, bool)> = asked.iter().map(|(device, of_one)| (device.as_str(), *of_one)).collect();
+        assert_eq!(asked[..3], [("cpu", false), ("cuda:0,cuda:1", false), ("cuda:0,cuda:1", true)]);
+        assert_eq!((found.entries.len(), asked.len()), (4, 6));
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub(crate) fn entry(name: &str, rate: f64) -> BenchEntry {
         ms_per_sample: 1000.0 / rate,
         rounds_samples_per_sec,
         ratio: None,
+        start_secs: Some(0.25),
         peak_host_bytes: Some(200 << 20),
         peak_device_bytes: None,
         utilisation: Some(0.97),

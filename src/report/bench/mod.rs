@@ -99,6 +99,9 @@ pub struct BenchEntry {
     pub rounds_samples_per_sec: Vec<f64>,
     /// Times as fast as the first entry, from rounds side by side; absent where entries did not run in turns.
     pub ratio: Option<IntervalRecord>,
+    /// Seconds of loading and of the first batch, in which kernels are chosen and compiled, in a process of its own.
+    #[serde(default)]
+    pub start_secs: Option<f64>,
     /// Largest resident memory of a process that does nothing else.
     pub peak_host_bytes: Option<u64>,
     /// Largest memory on the devices, less what others held before.
@@ -119,6 +122,8 @@ pub struct BenchEntry {
 /// What a model takes in a process that does nothing else.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AloneRecord {
+    /// Seconds of loading and of the first batch.
+    pub start_secs: Option<f64>,
     /// Largest resident memory of the process.
     pub peak_host_bytes: Option<u64>,
     /// Largest memory on the devices, less what others held before.

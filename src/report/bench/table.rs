@@ -3,7 +3,7 @@
 use super::{BenchEntry, BenchRecord};
 
 /// Column names, in the order of [`fields`].
-const COLUMNS: [&str; 30] = [
+const COLUMNS: [&str; 31] = [
     "name",
     "model",
     "precision",
@@ -20,6 +20,7 @@ const COLUMNS: [&str; 30] = [
     "ratio",
     "ratio_low",
     "ratio_high",
+    "start_secs",
     "peak_host_bytes",
     "peak_device_bytes",
     "utilisation",
@@ -50,7 +51,7 @@ pub fn to_csv(record: &BenchRecord) -> Result<Vec<u8>, csv::Error> {
     table.into_inner().map_err(|error| error.into_error().into())
 }
 
-fn fields(entry: &BenchEntry) -> [String; 30] {
+fn fields(entry: &BenchEntry) -> [String; 31] {
     let (ratio, lora, scaling) = (entry.ratio.as_ref(), entry.lora.as_ref(), entry.scaling.as_ref());
     let rate = &entry.samples_per_sec;
     let rounds: Vec<String> = entry.rounds_samples_per_sec.iter().map(|rate| number(Some(*rate))).collect();
@@ -71,6 +72,7 @@ fn fields(entry: &BenchEntry) -> [String; 30] {
         number(ratio.map(|ratio| ratio.value)),
         number(ratio.map(|ratio| ratio.low)),
         number(ratio.map(|ratio| ratio.high)),
+        number(entry.start_secs),
         text(entry.peak_host_bytes),
         text(entry.peak_device_bytes),
         number(entry.utilisation),

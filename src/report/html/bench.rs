@@ -93,6 +93,7 @@ fn numbers(record: &BenchRecord) -> String {
         "parameters",
         "LoRA's share",
         "GFLOP",
+        "start, s",
         "memory",
         "busy",
         "scaling",
@@ -111,6 +112,7 @@ fn numbers(record: &BenchRecord) -> String {
             Cell::Number(count(entry.parameters)),
             Cell::Number(absent(unmerged.map(|lora| percent(lora.share_of_parameters)))),
             Cell::Number(significant(entry.flops as f64 / 1e9)),
+            Cell::Number(or_absent(entry.start_secs, significant)),
             Cell::Number(or_absent(entry.peak_bytes(), bytes)),
             Cell::Number(absent(Some(entry.busy_in_words()).filter(|busy| !busy.is_empty()))),
             scaling.map_or_else(
