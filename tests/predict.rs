@@ -155,6 +155,28 @@ fn a_segmentation_gives_masks_and_overlays() {
 }
 
 #[test]
+fn an_image_smaller_than_a_tile_has_its_mask() {
+    let place = Workplace::new();
+    let (width, height) = (TILE - 50, TILE - 3);
+    let color = |x: u32| if x < 20 { [250, 3, 2] } else { [3, 250, 2] };
+    RgbImage::from_fn(width, height, |x, _| Rgb(color(x))).save(place.at("small.png")).unwrap();
+    let out = place.at("out");
+    let flags = ["--out", out.to_str().unwrap()];
+    predict(&place, &["small.png"], &place.model(Kind::Segmentation), &flags)
+        .code(0)
+        .shows(&["small.mask.png", "were filled up with white for the model: 1, such as"]);
+    let mask = image::open(out.join("small.mask.png")).unwrap().into_luma8();
+    assert_eq!(mask.dimensions(), (width, height));
+    assert!(mask.enumerate_pixels().all(|(x, _, value)| value.0 == [u8::from(x >= 20)]));
+    assert!(image::open(out.join("small.overlay.png")).unwrap().width() > width);
+    let image = &Json::read(out.join("predict.json"))["images"][0];
+    assert_eq!((image["width"].as_u64(), image["grid_tiles"].as_u64()), (Some(u64::from(width)), Some(1)));
+    // White beside the image is not counted.
+    let counts = [0, 1, 2].map(|class: usize| image["classes"][class]["count"].as_u64().unwrap());
+    assert_eq!(counts, [u64::from(20 * height), u64::from((width - 20) * height), 0]);
+}
+
+#[test]
 fn a_folder_of_maps_is_counted_together() {
     let place = Workplace::new();
     std::fs::create_dir(place.at("in")).unwrap();

@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use image::codecs::png::PngEncoder;
 use image::imageops::{self, FilterType};
-use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageReader, RgbImage};
-use ndarray::Axis;
+use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageReader, Rgb, RgbImage};
+use ndarray::{Axis, s};
 
 use super::ExperimentError;
 use crate::inference::{Activation, ModelCard, Prediction, Session, SessionError};
@@ -20,6 +20,9 @@ const EXTENSIONS: [&str; 6] = ["png", "jpg", "jpeg", "bmp", "tif", "tiff"];
 
 /// From this probability on a tile or pixel has a class that does not exclude others, as in a run without further settings.
 pub(super) const HALF: f32 = 0.5;
+
+/// What lies beside an image, as beside a slide that names no colour.
+const WHITE: Rgb<u8> = Rgb([u8::MAX; 3]);
 
 /// How an image of another size becomes a tile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,9 +110,28 @@ pub(super) fn whole_tiles(image: &RgbImage, side: u32) -> Vec<(u32, u32)> {
     (0..rows).flat_map(|row| (0..columns).map(move |column| (column * side, row * side))).collect()
 }
 
-/// The pixels of a tile.
+/// The pixels of a tile; what lies outside the image is white, as beside a slide.
 pub(super) fn cut(image: &RgbImage, (x, y): (u32, u32), side: u32) -> Vec<u8> {
-    imageops::crop_imm(image, x, y, side, side).to_image().into_raw()
+    let part = imageops::crop_imm(image, x, y, side, side).to_image();
+    if part.dimensions() == (side, side) {
+        return part.into_raw();
+    }
+    let mut tile = RgbImage::from_pixel(side, side, WHITE);
+    imageops::replace(&mut tile, &part, 0, 0);
+    tile.into_raw()
+}
+
+/// Whether an image of that size is less than a tile wide or high, so that it is filled up with white to be segmented.
+pub(super) fn is_padded((width, height): (u32, u32), side: u32) -> bool {
+    width < side || height < side
+}
+
+/// What is said of the images that were filled up; `None` of none.
+pub(super) fn about_padded(paths: &[String], side: u32) -> Option<String> {
+    let (count, first) = (paths.len(), paths.first()?);
+    Some(format!(
+        "Images smaller than a tile of {side} × {side} px were filled up with white for the model: {count}, such as {first}."
+    ))
 }
 
 /// The probabilities of an image's pixels.
@@ -152,7 +174,8 @@ impl ScoreMap {
     }
 }
 
-/// Segments an image by tiles that overlap as the card says, the last of a row or column shifted to end with the image.
+/// Segments an image by tiles that overlap as the card says, the last of a row or column shifted to end with the image. An
+/// image smaller than a tile is filled up with white at the right and the bottom; the map has the image's own size.
 pub(super) fn segment(
     image: &RgbImage,
     path: &Path,
@@ -161,9 +184,6 @@ pub(super) fn segment(
     batch: usize,
 ) -> Result<ScoreMap, ExperimentError> {
     let (width, height, side) = (image.width(), image.height(), card.tile_size);
-    if width < side || height < side {
-        return Err(too_small(path, image, side));
-    }
     let step = side - card.overlap;
     let corners: Vec<(u32, u32)> =
         starts(height, side, step).flat_map(|y| starts(width, side, step).map(move |x| (x, y))).collect();
@@ -174,7 +194,8 @@ pub(super) fn segment(
         let tiles: Vec<Vec<u8>> = corners.iter().map(|corner| cut(image, *corner, side)).collect();
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
         let Prediction::Map(maps) = session.predict(&tiles)? else { return Err(other_task(path)) };
-        for ((x, y), scores) in corners.iter().zip(maps.axis_iter(Axis(0))) {
+        let inside = s![.., .., ..side.min(height) as usize, ..side.min(width) as usize];
+        for ((x, y), scores) in corners.iter().zip(maps.slice(inside).axis_iter(Axis(0))) {
             for ((class, row, column), value) in scores.indexed_iter() {
                 let at = (*y as usize + row) * width as usize + *x as usize + column;
                 map.sums[class * pixels + at] += value;
@@ -185,9 +206,9 @@ pub(super) fn segment(
     Ok(map)
 }
 
-/// Where tiles begin along a side, the last one at its end.
+/// Where tiles begin along a side, the last one at its end; of a side shorter than a tile at its start alone.
 fn starts(length: u32, side: u32, step: u32) -> impl Iterator<Item = u32> {
-    let last = length - side;
+    let last = length.saturating_sub(side);
     (0..last).step_by(step as usize).chain([last])
 }
 
@@ -223,7 +244,7 @@ pub(super) fn is_about_one_image(error: &ExperimentError) -> bool {
     matches!(error, ExperimentError::Image { .. } | ExperimentError::Unsuited { .. } | ExperimentError::Labels { .. })
 }
 
-/// That an image has no tile.
+/// That an image has no tile to be classified.
 pub(super) fn too_small(path: &Path, image: &RgbImage, side: u32) -> ExperimentError {
     let (width, height) = image.dimensions();
     let reason = format!("is {width} × {height} px, less than a tile of {side} × {side}");
@@ -270,6 +291,7 @@ mod tests {
         assert_eq!(starts(400, 256, 192).collect::<Vec<_>>(), [0, 144]);
         assert_eq!(starts(256, 256, 192).collect::<Vec<_>>(), [0]);
         assert_eq!(starts(500, 256, 192).collect::<Vec<_>>(), [0, 192, 244]);
+        assert_eq!(starts(255, 256, 192).collect::<Vec<_>>(), [0]);
     }
 
     #[test]
@@ -293,8 +315,27 @@ mod tests {
             }
         }
         assert!(map.class_map().iter().all(|class| *class == Some(2)));
-        let small = segment(&gradient(10, 3), Path::new("a.png"), &card, &mut session, 3);
-        assert!(small.is_err_and(|error| error.to_string().contains("10 × 3 px, less than a tile of 4 × 4")));
+    }
+
+    #[test]
+    fn an_image_smaller_than_a_tile_is_filled_up_with_white() {
+        let tile = cut(&gradient(2, 3), (0, 0), 4);
+        assert_eq!(tile[..12], [10, 20, 30, 11, 20, 30, 255, 255, 255, 255, 255, 255]);
+        assert_eq!((tile.len(), &tile[36..]), (48, &[255; 12][..]));
+        for (width, height, tiles) in [(2, 3, 1), (10, 3, 3), (3, 7, 2)] {
+            let image = gradient(width, height);
+            let mut session = FakeSession::new(Task::Segmentation, 4);
+            let map = segment(&image, Path::new("a.png"), &card(4, 1), &mut session, 2).unwrap();
+            assert_eq!((map.width, map.height, map.tile_count), (width, height, tiles));
+            for (pixel, rgb) in image.pixels().enumerate() {
+                let sum: f32 = rgb.0.iter().map(|value| f32::from(*value)).sum();
+                assert!((map.probability(0, pixel) - f32::from(rgb.0[0]) / sum).abs() < 1e-6);
+            }
+        }
+        assert_eq!((is_padded((4, 4), 4), is_padded((9, 3), 4), is_padded((3, 9), 4)), (false, true, true));
+        let told = about_padded(&["a.png".to_owned(), "b.png".to_owned()], 4).unwrap();
+        assert!(told.contains("4 × 4 px were filled up") && told.ends_with(": 2, such as a.png."), "{told}");
+        assert_eq!(about_padded(&[], 4), None);
     }
 
     /// Says how many tiles it has met, by class.

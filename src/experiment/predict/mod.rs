@@ -99,11 +99,14 @@ fn same_folder(folder: Option<&Path>, out: Option<&Path>) -> bool {
 }
 
 fn notes(card: &ModelCard, images: &[ImageRecord]) -> Vec<String> {
+    let is_padded = |image: &&ImageRecord| images::is_padded((image.width, image.height), card.tile_size);
+    let padded: Vec<String> = images.iter().filter(is_padded).map(|image| image.path.clone()).collect();
     #[expect(clippy::cast_possible_truncation, reason = "to be held against 0 and 1")]
     let scores: Vec<f32> =
         images.iter().flat_map(|image| &image.classes).map(|class| class.probability as f32).collect();
     let note = "The model's scores are no probabilities: it has no activation. Set `activation` in its card.";
-    (!images::are_probabilities(card, scores.iter())).then(|| note.to_owned()).into_iter().collect()
+    let no_probabilities = (!images::are_probabilities(card, scores.iter())).then(|| note.to_owned());
+    images::about_padded(&padded, card.tile_size).into_iter().chain(no_probabilities).collect()
 }
 
 /// Images that were named together.
