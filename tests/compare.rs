@@ -127,7 +127,7 @@ fn bad_input_is_told() {
     let table = place.write("wrong.csv", "image,class\na.png,pale\n");
     compare(&place, &model, &["--data", table.to_str().unwrap()])
         .code(2)
-        .says(&["needs the columns image and label", "help: "]);
+        .says(&["needs the columns path and label", "help: "]);
     let other = place.model(Kind::Features);
     compare(&place, &model, &[other.to_str().unwrap()]).code(2).says(&["its task is features, not classification"]);
     assert!(!place.at("Classifier-compare").exists());

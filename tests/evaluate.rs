@@ -5,11 +5,13 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::{GrayImage, Luma, Rgb, RgbImage};
+use slidestream::onnx::build::Graph;
+use slidestream::onnx::{Dim, ElementType};
 
-use support::{Finished, Json, Kind, TILE, Workplace, assert_no_partial_files, classify};
+use support::{Finished, Json, Kind, TILE, Workplace, assert_no_partial_files, classify, sha256};
 
 /// The classifier takes green for `pale` and magenta for `deep`.
 const GREEN: [u8; 3] = [40, 230, 60];
@@ -35,6 +37,39 @@ fn class_folders(place: &Workplace) {
             tile(place, &format!("data/{class}/{index}.png"), color);
         }
     }
+}
+
+/// A model of the one class `red`, of tiles or pixels, whose logit is 20 · red − 10 with red from 0 to 1.
+fn red(place: &Workplace, task: &str) -> PathBuf {
+    let mut graph = Graph::new("red");
+    let (batch, side) = (Dim::Symbolic("n".to_owned()), Dim::Fixed(TILE as usize));
+    let image = graph.input("image", ElementType::F32, &[batch.clone(), Dim::Fixed(3), side.clone(), side.clone()]);
+    let bias = graph.weights("bias", &[1], &[-10.0]);
+    if task == "segmentation" {
+        let kernel = graph.weights("kernel", &[1, 3, 1, 1], &[20.0, 0.0, 0.0]);
+        let map = graph.node("Conv", &[&image, &kernel, &bias], &[]);
+        graph.output("map", &map, ElementType::F32, &[batch, Dim::Fixed(1), side.clone(), side]);
+    } else {
+        let axes = graph.indices("axes", &[2, 3]);
+        let means = graph.node("ReduceMean", &[&image, &axes], &[("keepdims", 0.into())]);
+        let weights = graph.weights("weights", &[3, 1], &[20.0, 0.0, 0.0]);
+        let logit = graph.node("Gemm", &[&means, &weights, &bias], &[]);
+        graph.output("logit", &logit, ElementType::F32, &[batch, Dim::Fixed(1)]);
+    }
+    let bytes = graph.finish().to_bytes();
+    let card = format!(
+        "schema = 1\nname = \"red\"\ntask = \"{task}\"\ntile_size = {TILE}\nmpp = 0.5\nmean = [0.0, 0.0, 0.0]\n\
+         std = [1.0, 1.0, 1.0]\nactivation = \"sigmoid\"\nclasses = [{{ name = \"red\", color = \"#ff0000\" }}]\n\
+         [variants.fp32]\nfile = \"model.onnx\"\nsha256 = \"{}\"\n",
+        sha256(&bytes)
+    );
+    place.write("red/model.onnx", &bytes);
+    place.write("red/card.toml", card).parent().unwrap().to_owned()
+}
+
+/// What [`red`] says of a tile or pixel.
+fn probability(red: u8) -> f64 {
+    1.0 / (1.0 + (10.0 - 20.0 * f64::from(red) / 255.0).exp())
 }
 
 fn value(record: &serde_json::Value, pointer: &str) -> f64 {
@@ -167,6 +202,109 @@ fn maps_are_held_against_masks() {
 }
 
 #[test]
+fn one_class_is_held_against_what_is_not_it() {
+    let place = Workplace::new();
+    let tiles = [("red", [230, 140, 90].as_slice()), ("plain", &[150, 100, 60, 20])];
+    for (folder, reds) in tiles {
+        reds.iter().for_each(|red| tile(&place, &format!("data/{folder}/{red}.png"), [*red, 100, 100]));
+    }
+    let (data, model) = (place.at("data"), red(&place, "classification"));
+    evaluate(&place, &data, &model, &[])
+        .code(0)
+        .shows(&["not red", "The model has one class: from a probability of 0.5"]);
+    let record = Json::read(place.at("out/evaluate.json"));
+    // From 128 on a tile is red: 90 is missed, 150 taken for it.
+    assert_eq!(record["confusion"], serde_json::json!([[2, 1, 0], [1, 3, 0]]));
+    assert_eq!((&record["classes"][0]["class"], &record["classes"][1]["class"]), (&"red".into(), &"not red".into()));
+    // Surer than 14/15: 230, 90, 60 and 20, of which 90 is wrong; each of the others has a bin of its own.
+    let alone = [probability(150), probability(100), 1.0 - probability(140)];
+    let surest = 3.0 - (probability(230) + 3.0 - probability(90) - probability(60) - probability(20));
+    for (figure, expected) in [
+        ("/figures/top1/value", 5.0 / 7.0),
+        ("/figures/balanced_accuracy/value", (2.0 / 3.0 + 3.0 / 4.0) / 2.0),
+        // Of 12 pairs 230 wins 4, 140 wins 3 and 90 wins 2.
+        ("/figures/auc/value", 9.0 / 12.0),
+        // pₑ = (3·3 + 4·4) / 49.
+        ("/figures/kappa/value", 10.0 / 24.0),
+        ("/figures/macro_f1/value", (2.0 / 3.0 + 3.0 / 4.0) / 2.0),
+        ("/figures/ece/value", (alone.iter().sum::<f64>() + surest.abs()) / 7.0),
+        ("/classes/0/precision/value", 2.0 / 3.0),
+        ("/classes/0/auc/value", 9.0 / 12.0),
+        ("/classes/1/recall/value", 3.0 / 4.0),
+    ] {
+        assert!((value(&record, figure) - expected).abs() < 1e-5, "{figure}: {} of {expected}", value(&record, figure));
+    }
+    // The table has what the model says, which is of its class alone.
+    let mut reader = csv::Reader::from_path(place.at("out/predictions.csv")).unwrap();
+    assert_eq!(
+        reader.headers().unwrap(),
+        &csv::StringRecord::from(vec!["path", "group", "label", "predicted", "prob_red"])
+    );
+    let rows: Vec<csv::StringRecord> = reader.records().map(Result::unwrap).collect();
+    // Folders and files are in the order of their names: plain/100 comes first.
+    assert_eq!((rows.len(), &rows[0][2], &rows[0][3]), (7, "not red", "not red"));
+    assert!((rows[0][4].parse::<f64>().unwrap() - probability(100)).abs() < 1e-5, "{:?}", rows[0]);
+
+    let mut table = "path,label\n".to_owned();
+    for (folder, reds) in tiles {
+        reds.iter().for_each(|red| table += &format!("data/{folder}/{red}.png,{}\n", u8::from(folder == "red")));
+    }
+    let labels = place.write("labels.csv", table);
+    evaluate(&place, &labels, &model, &["--quiet"]).code(0);
+    assert_eq!(Json::read(place.at("out/evaluate.json"))["confusion"], record["confusion"]);
+    let mut command = place.command(["compare", "--tiles", "4", "--seconds", "0.2", "--device", "cpu", "--data"]);
+    command.arg(&labels).arg("--model").arg(&model).arg("--out").arg(place.at("compared"));
+    place.start(&mut command).wait().code(0);
+    let row = &Json::read(place.at("compared/compare.json"))["accuracy"]["rows"][0];
+    for (metric, expected) in [("accuracy", 5.0 / 7.0), ("balanced_accuracy", 17.0 / 24.0), ("auc", 0.75)] {
+        assert!((value(row, &format!("/{metric}/value/value")) - expected).abs() < 1e-9, "{metric}: {row}");
+    }
+    fs::create_dir(data.join("blood")).unwrap();
+    evaluate(&place, &data, &model, &[]).code(2).says(&["can't both be what is not \"red\", the model's only class"]);
+}
+
+#[test]
+fn masks_of_one_class_are_0_elsewhere() {
+    let place = Workplace::new();
+    let (width, height) = (TILE + 40, TILE);
+    let (half, three_quarters) = (width / 2, 3 * width / 4);
+    RgbImage::from_fn(width, height, |x, _| Rgb([if x < half { 250 } else { 5 }, 90, 90]))
+        .save(place.at("a.png"))
+        .unwrap();
+    GrayImage::from_fn(width, height, |x, _| Luma([if x < three_quarters { 255 } else { 0 }]))
+        .save(place.at("m.png"))
+        .unwrap();
+    let labels = place.write("labels.csv", "path,mask\na.png,m.png\n");
+    let model = red(&place, "segmentation");
+    evaluate(&place, &labels, &model, &[]).code(0).shows(&["mean Dice", "0.8000", "not red"]);
+    let record = Json::read(place.at("out/evaluate.json"));
+    assert_eq!(record["items"].as_u64(), Some(u64::from(width * height)));
+    // Of 4 columns: red 3 labelled, 2 predicted, 2 both; not red 1 labelled, 2 predicted, 1 both.
+    for (figure, expected) in [
+        ("/classes/0/f1/value", 4.0 / 5.0),
+        ("/classes/0/iou/value", 2.0 / 3.0),
+        ("/classes/1/f1/value", 2.0 / 3.0),
+        ("/figures/mean_dice/value", 4.0 / 5.0),
+        ("/figures/mean_iou/value", 2.0 / 3.0),
+        ("/figures/top1/value", 3.0 / 4.0),
+    ] {
+        assert!((value(&record, figure) - expected).abs() < 1e-12, "{figure}: {}", value(&record, figure));
+    }
+    let predictions = fs::read_to_string(place.at("out/predictions.csv")).unwrap();
+    assert!(predictions.starts_with("path,group,mask,dice_red\n") && predictions.trim_end().ends_with(",0.8"));
+
+    // What predict writes is a mask too, and of the model itself nothing differs; b.png is smaller than a tile.
+    RgbImage::from_fn(60, 40, |_, y| Rgb([if y < 10 { 250 } else { 5 }, 90, 90])).save(place.at("b.png")).unwrap();
+    let mut command = place.command(["predict", "a.png", "b.png", "--device", "cpu", "--out", "masks", "--model"]);
+    place.start(command.arg(&model)).wait().code(0);
+    let mask = image::open(place.at("masks/b.mask.png")).unwrap().into_luma8();
+    assert!(mask.enumerate_pixels().all(|(_, y, value)| value.0 == [u8::from(y < 10)]));
+    let own = place.write("own.csv", "path,mask\na.png,masks/a.mask.png\nb.png,masks/b.mask.png\n");
+    evaluate(&place, &own, &model, &[]).code(0).shows(&["were filled up with white", "b.png"]);
+    assert_eq!(value(&Json::read(place.at("out/evaluate.json")), "/figures/mean_dice/value"), 1.0);
+}
+
+#[test]
 fn no_number_is_wrong_and_told() {
     let place = Workplace::new();
     tile(&place, "data/pale/black.png", [0; 3]);
@@ -196,7 +334,7 @@ fn bad_input_is_told() {
     ]);
     evaluate(&place, &data, &model, &["--fit", "resize"]).code(0).shows(&["9 predicted"]);
     evaluate(&place, &data, &place.model(Kind::Features), &[]).code(2).says(&["features have no classes"]);
-    evaluate(&place, &data, &place.model(Kind::Segmentation), &[]).code(2).says(&["image,mask"]);
+    evaluate(&place, &data, &place.model(Kind::Segmentation), &[]).code(2).says(&["path,mask"]);
     evaluate(&place, &place.at("none.csv"), &model, &[]).code(1).says(&["none.csv"]);
     let broken = place.write("other/pale/a.png", "no picture");
     evaluate(&place, broken.parent().unwrap().parent().unwrap(), &model, &[])

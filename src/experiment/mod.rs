@@ -8,6 +8,7 @@ mod error;
 pub mod evaluate;
 mod images;
 mod labels;
+mod one_class;
 pub mod optimize;
 mod pace;
 pub mod predict;

@@ -44,7 +44,7 @@ pub struct EvaluatedRecord {
     pub failed: Vec<FailedImage>,
     /// Over all classes.
     pub figures: Figures,
-    /// Each class, in the model's order.
+    /// Each class, in the model's order; of a model with one class what is not it follows.
     pub classes: Vec<ClassFigures>,
     /// `[label, predicted]`, with a last column for what was no number.
     pub confusion: Vec<Vec<u64>>,

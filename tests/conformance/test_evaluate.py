@@ -138,6 +138,54 @@ def test_an_interval_is_the_bootstrap_of_its_groups(classified, columns):
     assert found["high"] == pytest.approx(high, abs=0.01)
 
 
+def test_one_class(tmp_path):
+    """A single logit is judged as scikit-learn judges a binary classifier by its probability."""
+    random, rows = np.random.default_rng(11), [("path", "label")]
+    for index in range(120):
+        is_tumour = bool(random.random() < 0.4)
+        colour = random.normal(150 if is_tumour else 110, 30, 3)
+        pixels = random.normal(colour, 12, (SIDE, SIDE, 3)).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{index}.png")
+        rows.append((f"{index}.png", "tumour" if is_tumour else "normal"))
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    model = save(
+        tmp_path / "one.onnx",
+        [
+            helper.make_node("GlobalAveragePool", ["tile"], ["means"]),
+            helper.make_node("Flatten", ["means"], ["colour"], axis=1),
+            helper.make_node("Gemm", ["colour", "weights", "bias"], ["logit"]),
+        ],
+        helper.make_tensor_value_info("tile", TensorProto.FLOAT, ["n", 3, SIDE, SIDE]),
+        helper.make_tensor_value_info("logit", TensorProto.FLOAT, ["n", 1]),
+        [("weights", np.full((3, 1), 5, np.float32)), ("bias", np.array([-7.5], np.float32))],
+    )
+    described = (
+        "--model", model, "--task", "classification", "--target-mpp", "0.5", "--activation", "sigmoid",
+        "--class-names", "tumour", "--mean", "0,0,0", "--std", "1,1,1",
+    )  # fmt: skip
+    call("evaluate", tmp_path / "labels.csv", *described, "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out/evaluate.json").read_text())
+    with open(tmp_path / "out/predictions.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    labels = np.array([row["label"] == "tumour" for row in table])
+    probabilities = np.array([float(row["prob_tumour"]) for row in table])
+    predicted = probabilities >= 0.5
+    assert {row["label"] for row in table} == {"tumour", "not tumour"}
+    assert 0.6 < (labels == predicted).mean() < 0.95, "too easy or too hard to tell anything"
+    for name, value in (
+        ("top1", metrics.accuracy_score(labels, predicted)),
+        ("balanced_accuracy", metrics.balanced_accuracy_score(labels, predicted)),
+        ("auc", metrics.roc_auc_score(labels, probabilities)),
+        ("kappa", metrics.cohen_kappa_score(labels, predicted)),
+        ("macro_f1", metrics.f1_score(labels, predicted, average="macro")),
+    ):
+        assert record["figures"][name]["value"] == pytest.approx(value, abs=TOLERANCE), name
+    tumour = metrics.precision_recall_fscore_support(labels, predicted, average="binary")[:3]
+    found = [record["classes"][0][name]["value"] for name in ("precision", "recall", "f1")]
+    np.testing.assert_allclose(found, tumour, rtol=0, atol=TOLERANCE)
+
+
 def test_maps(tmp_path, colour_segmenter):
     """Masks that `predict` writes are what `evaluate` counts, and its figures are scikit-learn's."""
     random, names = np.random.default_rng(5), ["glass", "nucleus", "stroma"]

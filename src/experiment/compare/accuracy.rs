@@ -3,8 +3,9 @@
 use super::subjects::Subject;
 use crate::experiment::ExperimentError;
 use crate::experiment::images::{self, Fit};
-use crate::experiment::labels::{self, Labelled, Truth};
-use crate::inference::{ModelCard, OrtSession, Prediction, Session, Task};
+use crate::experiment::labels::{Labelled, Truth};
+use crate::experiment::one_class::{BothSides, told_apart};
+use crate::inference::{ModelCard, Prediction, Session, Task};
 use crate::measure::{Bootstrap, Confusion, Interval, auc_one_vs_rest, predicted_class};
 use crate::report::compare::{AccuracyRecord, AccuracyRow, IntervalRecord, MetricRecord};
 
@@ -19,9 +20,10 @@ pub(super) fn accuracy(
     for subject in subjects {
         say(&format!("predicting {} labelled images with {}", labelled.items.len(), subject.name));
         let mut session = subject.open()?;
-        scored.push(match subject.card.task {
-            Task::Segmentation => maps(&subject.card, &mut session, labelled, batch)?,
-            _ => tiles(&subject.card, &mut session, labelled, batch)?,
+        let (card, mut session) = (told_apart(&subject.card), BothSides(&mut session));
+        scored.push(match card.task {
+            Task::Segmentation => maps(&card, &mut session, labelled, batch)?,
+            _ => tiles(&card, &mut session, labelled, batch)?,
         });
     }
     let rows = subjects.iter().zip(&scored).enumerate().map(|(index, (subject, scored_by))| {
@@ -131,7 +133,7 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
 /// Classifies labelled tiles.
 fn tiles(
     card: &ModelCard,
-    session: &mut OrtSession,
+    session: &mut dyn Session,
     labelled: &Labelled,
     batch: usize,
 ) -> Result<Scored, ExperimentError> {
@@ -156,15 +158,14 @@ fn tiles(
 /// Segments labelled images and counts their pixels.
 fn maps(
     card: &ModelCard,
-    session: &mut OrtSession,
+    session: &mut dyn Session,
     labelled: &Labelled,
     batch: usize,
 ) -> Result<Scored, ExperimentError> {
     let mut scored = Scored::new(card, labelled.groups);
     for item in &labelled.items {
-        let Truth::Mask(mask) = &item.truth else { continue };
         let image = images::pixels(&item.image)?;
-        let truth = labels::mask(mask, image.dimensions(), scored.classes)?;
+        let truth = item.truth.pixels(image.dimensions(), scored.classes)?;
         let map = images::segment(&image, &item.image, card, session, batch)?;
         for (pixel, truth) in truth.iter().enumerate().filter(|(_, truth)| **truth != u8::MAX) {
             let predicted = map.class_at(pixel).unwrap_or(scored.classes);

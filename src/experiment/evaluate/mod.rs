@@ -15,7 +15,7 @@ use self::predictions::{Predicted, Sample, Segmented};
 pub use super::images::Fit;
 use super::labels::{self, Labelled, Truth};
 use super::pace::{Paced, ran_on};
-use super::{ExperimentError, images, resources};
+use super::{ExperimentError, images, one_class, resources};
 use crate::engine::model_record;
 use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
 use crate::measure::{ClassCounts, Confusion};
@@ -57,11 +57,14 @@ pub fn evaluate(request: &EvaluateRequest, say: &mut dyn FnMut(&str)) -> Result<
         card.name,
         device::in_words(session.predictor.devices())
     ));
-    if card.task == Task::Segmentation {
+    let mut evaluation = if card.task == Task::Segmentation {
         segmentation(request, &labelled, &mut session, say)
     } else {
         classification(request, &labelled, &mut session, say)
-    }
+    }?;
+    // What is not a model's only class is no output of it, and follows from what is said of the class.
+    evaluation.samples.iter_mut().for_each(|sample| sample.values.truncate(card.classes.len()));
+    Ok(evaluation)
 }
 
 /// What predicting all images took.
@@ -98,7 +101,7 @@ fn classification(
     session: &mut Paced,
     say: &mut dyn FnMut(&str),
 ) -> Result<Evaluation, ExperimentError> {
-    let card = &request.card;
+    let card = &one_class::told_apart(&request.card);
     let classify = |session: &mut Paced| predictions::classify(labelled, card, session, request.fit);
     let (predicted, groups, taken) = predicted(labelled, session, |sample| &mut sample.group, classify)?;
     say("drawing intervals");
@@ -114,13 +117,16 @@ fn segmentation(
     session: &mut Paced,
     say: &mut dyn FnMut(&str),
 ) -> Result<Evaluation, ExperimentError> {
-    let card = &request.card;
+    let card = &one_class::told_apart(&request.card);
     let segment = |session: &mut Paced| predictions::segment(labelled, card, session);
     let (predicted, groups, taken) = predicted(labelled, session, |image| &mut image.group, segment)?;
     let mut by_group = vec![ClassCounts::new(card.classes.len()); groups.count];
     predicted.images.iter().for_each(|image| by_group[image.group].merge(&image.counts, 1));
     say("drawing intervals");
-    let computed = figures::of_maps(&by_group, card, groups);
+    let mut computed = figures::of_maps(&by_group, card, groups);
+    let padded = predicted.images.iter().filter(|image| image.is_padded);
+    let padded: Vec<String> = padded.map(|image| labelled.items[image.item].image.display().to_string()).collect();
+    computed.notes.extend(images::about_padded(&padded, card.tile_size));
     let worst = gallery::of_maps(&predicted.images, labelled, card, session)?;
     let samples = predicted.images.iter().map(|image| image_record(image, labelled)).collect();
     Ok(Evaluation { found: record(request, labelled, session, predicted, computed, (worst, taken)), samples })
@@ -158,8 +164,9 @@ fn record<T>(
     (worst, taken): (Vec<WorstRecord>, Taken),
 ) -> EvaluatedRecord {
     let (card, confusion) = (&request.card, &predicted.confusion);
-    let classes = card.classes.len();
+    let classes = computed.classes.len();
     let mut notes = computed.notes;
+    notes.extend(one_class::note(card));
     let not_a_number: u64 = (0..classes).map(|label| confusion.count(label, classes)).sum();
     if not_a_number > 0 {
         let what = if card.task == Task::Segmentation { "pixels" } else { "images" };
@@ -208,7 +215,7 @@ fn sample_record(sample: &Sample, labelled: &Labelled, card: &ModelCard) -> Samp
 fn image_record(image: &Segmented, labelled: &Labelled) -> SampleRecord {
     let item = &labelled.items[image.item];
     let mask = match &item.truth {
-        Truth::Mask(mask) => mask.display().to_string(),
+        Truth::Mask(mask) | Truth::Region(mask) => mask.display().to_string(),
         Truth::Class(_) => String::new(),
     };
     let path = item.image.display().to_string();

@@ -5,7 +5,8 @@ use rayon::prelude::*;
 
 use crate::experiment::ExperimentError;
 use crate::experiment::images::{self, Fit, ScoreMap, decided, failed_image};
-use crate::experiment::labels::{self, Item, Labelled, Truth};
+use crate::experiment::labels::{Item, Labelled, Truth};
+use crate::experiment::one_class::BothSides;
 use crate::experiment::pace::Paced;
 use crate::inference::ModelCard;
 use crate::measure::{ClassCounts, Confusion, is_in_top};
@@ -47,6 +48,8 @@ pub(super) struct Segmented {
     /// Index of the labelled item.
     pub(super) item: usize,
     pub(super) group: usize,
+    /// Whether it is smaller than a tile.
+    pub(super) is_padded: bool,
     /// Of its pixels.
     pub(super) counts: ClassCounts,
 }
@@ -60,7 +63,7 @@ pub(super) struct Predicted<T> {
     pub(super) confusion: Confusion,
 }
 
-/// Classifies labelled images.
+/// Classifies labelled images by the classes that are told apart.
 pub(super) fn classify(
     labelled: &Labelled,
     card: &ModelCard,
@@ -77,7 +80,7 @@ pub(super) fn classify(
         for ((index, item), tile) in (start..).zip(items).zip(read) {
             match (tile, &item.truth) {
                 (Ok(tile), Truth::Class(label)) => tiles.push((index, *label, item.group, tile)),
-                (Ok(_), Truth::Mask(_)) => {}
+                (Ok(_), Truth::Mask(_) | Truth::Region(_)) => {}
                 (Err(error), _) if images::is_about_one_image(&error) => {
                     failed.push(failed_image(&item.image, &error));
                 }
@@ -86,7 +89,9 @@ pub(super) fn classify(
         }
         for tiles in tiles.chunks(batch) {
             let slices: Vec<&[u8]> = tiles.iter().map(|(.., tile)| tile.as_slice()).collect();
-            for ((item, label, group, _), scores) in tiles.iter().zip(images::classify(&slices, session)?) {
+            for ((item, label, group, _), scores) in
+                tiles.iter().zip(images::classify(&slices, &mut BothSides(session))?)
+            {
                 let sample = Sample::new(*item, *label, *group, scores);
                 confusion.add(sample.label, sample.predicted.unwrap_or(classes));
                 samples.push(sample);
@@ -96,7 +101,7 @@ pub(super) fn classify(
     Ok(Predicted { images: samples, failed, confusion })
 }
 
-/// Segments labelled images, pixel by pixel against their masks.
+/// Segments labelled images by the classes that are told apart, pixel by pixel against their masks.
 pub(super) fn segment(
     labelled: &Labelled,
     card: &ModelCard,
@@ -112,7 +117,9 @@ pub(super) fn segment(
                     of_image.add(usize::from(*label), map.class_at(pixel).unwrap_or(classes));
                 }
                 confusion.merge(&of_image);
-                segmented.push(Segmented { item: index, group: item.group, counts: counts(&of_image, classes) });
+                let is_padded = images::is_padded((map.width, map.height), card.tile_size);
+                let counts = counts(&of_image, classes);
+                segmented.push(Segmented { item: index, group: item.group, is_padded, counts });
             }
             Err(error) if images::is_about_one_image(&error) => failed.push(failed_image(&item.image, &error)),
             Err(error) => return Err(error),
@@ -138,12 +145,9 @@ pub(super) struct Mapped {
 
 pub(super) fn map(item: &Item, card: &ModelCard, session: &mut Paced) -> Result<Mapped, ExperimentError> {
     let image = images::pixels(&item.image)?;
-    let truth = match &item.truth {
-        Truth::Mask(mask) => labels::mask(mask, image.dimensions(), card.classes.len())?,
-        Truth::Class(_) => Vec::new(),
-    };
+    let truth = item.truth.pixels(image.dimensions(), card.classes.len())?;
     let batch = session.predictor.total_batch_size();
-    let map = images::segment(&image, &item.image, card, session, batch)?;
+    let map = images::segment(&image, &item.image, card, &mut BothSides(session), batch)?;
     Ok(Mapped { image, truth, map })
 }
 

@@ -16,6 +16,7 @@ use crate::report::{ImageClass, ImageRecord};
 const NO_CLASS: u8 = u8::MAX;
 
 /// Segments an image and writes `ID.mask.png`, whose values are indices of classes and 255 for none, and `ID.overlay.png`.
+/// Of a model with one class the mask is 1 where that is, and 0 elsewhere: `evaluate` takes the masks of both kinds.
 pub(super) fn map(
     path: &Path,
     image: &RgbImage,
@@ -33,7 +34,8 @@ pub(super) fn map(
     let classes: Vec<u8> = map.class_map().into_iter().map(value).collect();
     let id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let (mask, overlay) = (out.join(format!("{id}.mask.png")), out.join(format!("{id}.overlay.png")));
-    if let Some(picture) = GrayImage::from_raw(map.width, map.height, classes.clone()) {
+    let values = if card.classes.len() == 1 { after_nothing(&classes) } else { classes.clone() };
+    if let Some(picture) = GrayImage::from_raw(map.width, map.height, values) {
         output::write_grey_png(&mask, &picture)?;
     }
     output::write_png(&overlay, &drawn(&id, image, card, &map, &classes))?;
@@ -58,14 +60,17 @@ pub(super) fn map(
     })
 }
 
+/// The classes with 0 for none, and the first from 1 on.
+fn after_nothing(classes: &[u8]) -> Vec<u8> {
+    classes.iter().map(|class| class.wrapping_add(1)).collect()
+}
+
 fn drawn(id: &str, image: &RgbImage, card: &ModelCard, map: &ScoreMap, classes: &[u8]) -> RgbImage {
     let area = Level0Rect { x: 0, y: 0, width: i64::from(map.width), height: i64::from(map.height) };
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between two bytes")]
     let byte = |probability: f32| (probability.clamp(0.0, 1.0) * 255.0).round() as u8;
     let of_class = |class| (0..classes.len()).map(|pixel| byte(map.probability(class, pixel))).collect();
     let probabilities: Vec<Vec<u8>> = (0..card.classes.len()).map(of_class).collect();
-    // Of an overlay 0 is no class.
-    let index: Vec<u8> = classes.iter().map(|class| class.wrapping_add(1)).collect();
     let styles = card.classes.iter().enumerate().map(|(index, class)| OverlayClass {
         style: ClassStyle { name: class.name.clone(), color: class.color },
         is_background: card.background == Some(index),
@@ -74,7 +79,7 @@ fn drawn(id: &str, image: &RgbImage, card: &ModelCard, map: &ScoreMap, classes: 
         title: id,
         subtitle: &format!("{} at {} µm/px", card.name, card.mpp),
         map: MapArea { width: map.width, height: map.height, area },
-        class_index: &index,
+        class_index: &after_nothing(classes),
         probabilities: &probabilities.iter().map(Vec::as_slice).collect::<Vec<_>>(),
         classes: &styles.collect::<Vec<_>>(),
         floor: f64::from(HALF),
