@@ -15,10 +15,18 @@ use slidestream::report::{
 use super::options::{PredictorArgs, batch_size};
 use super::{Failure, Outcome, columns, prepare, say, show, table};
 
+/// What labels and masks say.
+const LABELS: &str = "\
+Labels and folders have the names of classes; the values of a mask are indices of classes, or 255
+for what has no label. Of a model with one class, 1 is that class too, and one other name, whatever
+it is, such as normal or 0, stands for what is not it; a mask has 1 or 255 where the class is, and
+0 elsewhere.";
+
 /// Writes evaluate.json, evaluate.html and predictions.csv; exit code 3 if images can't be read
 #[derive(clap::Args, Debug)]
+#[command(after_help = LABELS)]
 pub(super) struct Args {
-    /// A folder with a folder of images per class, or a CSV with the columns image,label or image,mask and perhaps group
+    /// A folder with a folder of images per class, or a CSV with the columns path,label or path,mask and perhaps group
     #[arg(value_name = "DIR|CSV")]
     labels: PathBuf,
     #[command(flatten)]

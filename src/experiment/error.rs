@@ -231,7 +231,7 @@ impl ExperimentError {
             Self::Refused { what: "INT8", .. } => "use the TensorRT provider for INT8 on a GPU, or FP16",
             Self::Incomparable { .. } => "compare variants of one model, or models of one task, tile and classes",
             Self::Labels { .. } => {
-                "give a folder with one folder of images per class, or a CSV with the columns image,label or image,mask \
+                "give a folder with one folder of images per class, or a CSV with the columns path,label or path,mask \
                  and perhaps group"
             }
             Self::Occupied { .. } | Self::InTheWay { .. } => "choose another folder with out",
