@@ -30,7 +30,7 @@ pub(super) struct Args {
     /// Slide to take tiles from and to run over; without it only the model alone is timed
     #[arg(long, value_name = "SLIDE")]
     slide: Option<PathBuf>,
-    /// Labelled images: a folder per class, or a CSV with the columns image,label or image,mask and perhaps group
+    /// Labelled images: a folder per class, or a CSV with the columns path,label or path,mask and perhaps group
     #[arg(long, value_name = "DIR|CSV")]
     data: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
