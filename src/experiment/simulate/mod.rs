@@ -29,6 +29,8 @@ pub(super) const TILES: usize = 32;
 pub(super) const SEED: u64 = 1;
 /// A round should be long against the clock and the filling of the channels.
 const ROUND_SECS: f64 = 0.5;
+/// Share of a round's length for which its rate is tried.
+const TRIAL_SHARE: f64 = 0.1;
 /// Rounds that are measured at least: as many as an interval of the median needs.
 const LEAST_ROUNDS: usize = 6;
 /// Rounds end when the median is known within this share of it.
@@ -172,9 +174,11 @@ fn ceiling(devices: &[Device], provider: Provider, element: ElementType) -> Resu
 /// As many full batches, the same for every session, as take about `secs`.
 pub(super) fn batches_for(engine: &mut Engine, tiles: &[Vec<u8>], secs: f64) -> Result<NonZeroUsize, EngineError> {
     let once = engine.batches_of_all();
-    // The first round chooses kernels and fills the channels.
-    let trial = engine.simulate(tiles, once, &Cancel::default(), &mut |rounds| rounds.len() < 3)?;
-    let took = trial.rounds.last().map_or(secs, Duration::as_secs_f64);
+    // The first round chooses kernels. What waits in the channels passes in no time, so a few rounds alone tell nothing.
+    let later = |rounds: &[Duration]| rounds.iter().skip(1).sum::<Duration>().as_secs_f64();
+    let mut goes_on = |rounds: &[Duration]| rounds.len() < 3 || later(rounds) < TRIAL_SHARE * secs;
+    let rounds = engine.simulate(tiles, once, &Cancel::default(), &mut goes_on)?.rounds;
+    let took = later(&rounds) / (rounds.len() - 1) as f64;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 10,000")]
     let times = (secs / took).ceil().clamp(1.0, 10_000.0) as usize;
     Ok(NonZeroUsize::new(times * once.get()).unwrap_or(once))
