@@ -339,6 +339,7 @@ fn quiet_is_silent_and_machines_get_json_lines() {
         "run started",
         "slide started",
         "slide planned",
+        "cores split",
         "slide finished",
         "slide started",
         "slide finished",
@@ -346,8 +347,10 @@ fn quiet_is_silent_and_machines_get_json_lines() {
     ];
     assert_eq!(names, expected);
     assert!(events.iter().all(|event| event["time"].as_str().is_some_and(|time| time.ends_with('Z'))));
-    assert_eq!((&events[3]["status"], &events[3]["tiles"]), (&json!("done"), &json!(30)));
-    assert!(events[5]["error"].as_str().unwrap().contains("bad.svs"));
+    let reason = events[3]["reason"].as_str().unwrap();
+    assert!(reason.starts_with("a tile takes a core ") && reason.ends_with(" cores"), "{reason}");
+    assert_eq!((&events[4]["status"], &events[4]["tiles"]), (&json!("done"), &json!(30)));
+    assert!(events[6]["error"].as_str().unwrap().contains("bad.svs"));
     let logs = files(&place.at("json/logs"));
     let log = std::str::from_utf8(logs.values().next().unwrap()).unwrap();
     assert_eq!(log, loud.stderr);
