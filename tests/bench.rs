@@ -224,6 +224,12 @@ fn evaluations_and_predictions_have_a_line() {
 fn what_makes_no_sense_is_refused() {
     let place = Workplace::new();
     bench(&place, "lora", &[]).code(2).says(&["--model"]);
+    // The first `--device cpu` is that of all these calls.
+    bench(&place, "lora", &["--vit", SMALL, "--device", "cpu"]).code(2).says(&["on one device"]);
+    bench(&place, "vit", &["--vit", SMALL, "--device", "cpu"]).code(2).says(&["--device names cpu twice"]);
+    let (out, kept) = (place.at("kept"), place.write("kept/bench.json", "{}"));
+    let own = ["--vit", SMALL, "--out", out.to_str().unwrap(), "--baseline", kept.to_str().unwrap()];
+    bench(&place, "vit", &own).code(2).says(&["--out would replace it"]);
     bench(&place, "lora", &["--vit", SMALL, "--targets", "qvk"]).code(1).says(&["target \"qvk\"", "help: "]);
     bench(&place, "lora", &["--vit", SMALL, "--ranks", "0"]).code(2);
     bench(&place, "lora", &["--vit", SMALL, "--alpha", "0"]).code(2).says(&["--alpha 0: must be above 0"]);

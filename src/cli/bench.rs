@@ -287,6 +287,12 @@ impl Common {
         if !(0.0..1.0).contains(&self.max_regression) {
             return Err(Failure::usage(format!("--max-regression {}: must be from 0 to below 1", self.max_regression)));
         }
+        let path = |path: &Path| path.canonicalize().ok();
+        let is_replaced =
+            |(file, out): (&PathBuf, &PathBuf)| path(file).is_some() && path(file) == path(&out.join("bench.json"));
+        if self.baseline.as_ref().zip(self.out.as_ref()).is_some_and(is_replaced) {
+            return Err(Failure::usage("--baseline: --out would replace it; keep it elsewhere"));
+        }
         self.baseline.as_deref().map(read).transpose()
     }
 
@@ -298,7 +304,13 @@ impl Common {
             let device = (self.devices.len() > 1).then(|| device::in_words(&found.devices));
             Ok(vit::Place { device, replicas: load.on_one()?.map(|(_, replicas)| replicas) })
         };
-        self.devices.iter().map(place).collect()
+        let places: Vec<vit::Place> = self.devices.iter().map(place).collect::<Result<_, Failure>>()?;
+        match places.iter().enumerate().find(|(index, place)| places[..*index].contains(place)) {
+            Some((_, vit::Place { device: Some(device), .. })) => {
+                Err(Failure::usage(format!("--device names {device} twice")))
+            }
+            _ => Ok(places),
+        }
     }
 
     /// What `simulate` finds out in a process of its own.

@@ -175,10 +175,17 @@ fn say(line: &str) {
     writeln!(std::io::stderr(), "{line}").ok();
 }
 
-/// Results, to stdout; a reader who has gone away is not an error.
+/// Results, to stdout. A reader who has gone away is not an error; anything else, such as a full disk, ends the program:
+/// who reads them must not take a part for the whole.
 fn show(text: &str) {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).ok();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            say(&format!("error: the results can't be written to stdout: {error}"));
+            std::process::exit(1);
+        }
+        _ => {}
+    }
 }
 
 /// A folder for a command's own files, gone at its end and when the user interrupts it, which ends the program.

@@ -104,12 +104,12 @@ fn image_row(image: &ImageRecord, shows_path: bool, is_map: bool, shown: usize) 
     let name = Path::new(&image.path).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut row = vec![if shows_path { image.path.clone() } else { name }];
     if is_map {
-        row.push((u64::from(image.width) * u64::from(image.height)).to_string());
+        row.push(image.pixels().to_string());
     } else {
         row.extend(label(image.label.as_deref(), image.confidence));
         row.push(format!("{} of {}", image.tiles.len(), image.grid_tiles));
     }
-    row.extend(shares(&image.classes[..shown], &image.classes, is_map));
+    row.extend(shares(&image.classes[..shown], image.pixels(), is_map));
     row
 }
 
@@ -123,7 +123,7 @@ fn folder_row(folder: &FolderRecord, is_map: bool, shown: usize) -> Vec<String> 
         row.push(images);
     }
     match folder.classes.get(..shown) {
-        Some(classes) => row.extend(shares(classes, &folder.classes, is_map)),
+        Some(classes) => row.extend(shares(classes, folder.pixels, is_map)),
         None => row.resize(row.len() + shown, "–".to_owned()),
     }
     row
@@ -134,9 +134,9 @@ fn label(label: Option<&str>, confidence: Option<f64>) -> [String; 2] {
     [label.unwrap_or("–").to_owned(), confidence]
 }
 
-/// Of a classifier the mean probability and how many tiles or images have the class, of a map its share of the pixels.
-fn shares<'a>(classes: &'a [ImageClass], all: &[ImageClass], is_map: bool) -> impl Iterator<Item = String> + 'a {
-    let pixels: u64 = all.iter().map(|class| class.count).sum();
+/// Of a classifier the mean probability and how many tiles or images have the class, of a map its share of all pixels,
+/// those of no class included.
+fn shares(classes: &[ImageClass], pixels: u64, is_map: bool) -> impl Iterator<Item = String> {
     classes.iter().map(move |class| {
         if is_map {
             format!("{:.1} %", 100.0 * class.count as f64 / pixels.max(1) as f64)
@@ -176,4 +176,18 @@ fn paced(pace: &PaceRecord, device: &str) -> String {
 
 fn counted(count: u64, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_of_a_map_are_of_all_its_pixels() {
+        let class = |count| ImageClass { class: "a".to_owned(), count, probability: 0.3 };
+        let of = |is_map| shares(&[class(25), class(0)], 200, is_map).collect::<Vec<_>>();
+        // The rest is of no class.
+        assert_eq!(of(true), ["12.5 %", "0.0 %"]);
+        assert_eq!(of(false), ["0.300 (25)", "0.300 (0)"]);
+    }
 }

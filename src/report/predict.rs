@@ -127,6 +127,14 @@ pub struct ImageRecord {
     pub files: Vec<String>,
 }
 
+impl ImageRecord {
+    /// Number of its pixels.
+    #[must_use]
+    pub fn pixels(&self) -> u64 {
+        u64::from(self.width) * u64::from(self.height)
+    }
+}
+
 /// A class in an image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageClass {
@@ -161,6 +169,9 @@ pub struct FolderRecord {
     pub images: u64,
     /// Images that could not be.
     pub failed: u64,
+    /// Pixels of the predicted images.
+    #[serde(default)]
+    pub pixels: u64,
     /// The most probable class by the mean of the images' means; absent for maps.
     pub label: Option<String>,
     /// That mean.

@@ -266,6 +266,7 @@ fn together(folder: &Path, card: &ModelCard, images: &[ImageRecord], failed: usi
         path: folder.display().to_string(),
         images: images.len() as u64,
         failed: failed as u64,
+        pixels: images.iter().map(ImageRecord::pixels).sum(),
         label: label.map(|class| classes[class].class.clone()),
         confidence: label.map(|class| classes[class].probability),
         classes,
