@@ -329,7 +329,12 @@ impl Cohort<'_> {
             unsampled: plan.unsampled_tiles,
             failed: Vec::new(),
         });
-        if let Some(reason) = self.engine.split_cores(&plan)? {
+        let split = self.engine.split_cores(&plan);
+        // As above: the batch that a stop ends is no failure of the slide.
+        if self.cancel.is_cancelled() {
+            return Err(EngineError::Cancelled);
+        }
+        if let Some(reason) = split? {
             (self.observe)(&Event::CoresSplit { reason: &reason });
         }
         let asked = self.engine.batch_size;
