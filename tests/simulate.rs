@@ -155,6 +155,11 @@ fn what_has_no_answer_is_refused() {
     };
     refused(&["--vit", SMALL, "--slide-size", "20x1000"]).code(2).says(&["a tile of 32 px is larger than the slide"]);
     refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", "32px"]).code(2).says(&["no step"]);
+    refused(&["--vit", SMALL, "--slide-size", "100000000x100000000"])
+        .code(2)
+        .says(&["a slide of that size has 9765625000000 tiles", "help: give a smaller slide_size"]);
+    let large = ["--vit", "image=1024,patch=256,dim=64,depth=1,heads=2", "--batch-sizes", "65536", "--sessions", "64"];
+    refused(&large).code(2).says(&["batches of 65536 in 64 sessions hold tiles of 50331648 MiB", "help: set smaller"]);
     for overlap in ["100%", "120%", "-10%", "-8px"] {
         refused(&["--vit", SMALL, "--slide-size", "100x100", "--overlap", overlap])
             .code(2)

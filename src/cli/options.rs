@@ -135,9 +135,11 @@ impl BareModelOptions {
     }
 }
 
-/// More tiles in a batch, and more sessions or readers, are a slip of the finger.
+/// More tiles in a batch are a slip of the finger.
 const MOST_TILES: usize = 65_536;
-const MOST_WORKERS: usize = 1024;
+/// So are more sessions or readers for each core, where there are more than a few cores.
+const MOST_WORKERS_PER_CORE: usize = 4;
+const FEW_CORES: usize = 16;
 
 /// Parses tiles per batch.
 pub(crate) fn batch_size(text: &str) -> Result<NonZeroUsize, String> {
@@ -146,7 +148,8 @@ pub(crate) fn batch_size(text: &str) -> Result<NonZeroUsize, String> {
 
 /// Parses a number of sessions or readers.
 pub(crate) fn workers(text: &str) -> Result<NonZeroUsize, String> {
-    up_to(text, MOST_WORKERS)
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    up_to(text, MOST_WORKERS_PER_CORE * cores.max(FEW_CORES))
 }
 
 fn up_to(text: &str, most: usize) -> Result<NonZeroUsize, String> {

@@ -262,7 +262,11 @@ pub(super) fn card_of(config: &VitConfig, file: &Path, mpp: Option<Mpp>) -> Resu
         class_names: has_head.then(|| (0..config.classes).map(|class| format!("class {class}")).collect()),
         mean: Some([0.5; 3]),
         std: Some([0.5; 3]),
-        activation: Some(if has_head { Activation::Softmax } else { Activation::None }),
+        activation: Some(match config.classes {
+            0 => Activation::None,
+            1 => Activation::Sigmoid,
+            _ => Activation::Softmax,
+        }),
         pool: None::<Pool>,
         ..BareModel::default()
     };

@@ -114,6 +114,24 @@ pub enum ExperimentError {
         /// Of the slide at the model's resolution.
         height: u64,
     },
+    /// A slide so large that its tiles can't be numbered.
+    #[error("a slide of that size has {tiles} tiles, more than {max}", max = u32::MAX)]
+    TooManyTiles {
+        /// Of the grid.
+        tiles: u128,
+    },
+    /// The tiles of a batch alone are more than the memory that is free.
+    #[error("batches of {batch_size} in {sessions} sessions hold tiles of {needed} MiB, and {available} MiB are free")]
+    TooLargeBatch {
+        /// Tiles per batch.
+        batch_size: usize,
+        /// Each of which holds a batch.
+        sessions: usize,
+        /// MiB of the tiles as the model takes them.
+        needed: u64,
+        /// MiB.
+        available: u64,
+    },
     /// Nothing was inferred, so no time follows.
     #[error("the model inferred no tile, so that no time of a slide follows")]
     NoThroughput,
@@ -224,6 +242,8 @@ impl ExperimentError {
             Self::Onnx(error) => error.hint()?,
             Self::Adapter(error) => error.hint()?,
             Self::Lora(error) => error.hint()?,
+            Self::TooManyTiles { .. } => "give a smaller slide_size, or the slide's resolution with slide_mpp",
+            Self::TooLargeBatch { .. } => "set smaller batch_sizes, or fewer sessions",
             Self::TileLargerThanSlide { .. } => "give a larger slide_size, or the slide's resolution with slide_mpp",
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",

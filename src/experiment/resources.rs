@@ -120,6 +120,13 @@ pub(super) fn forget_peak_host_bytes() {
     std::fs::write("/proc/self/clear_refs", "5").ok();
 }
 
+/// Memory that can be had without swapping; `None` if the system does not tell.
+pub(super) fn available_bytes() -> Option<u64> {
+    let mut system = System::new().ok()?;
+    system.refresh_memory();
+    Some(system.available_memory()).filter(|bytes| *bytes > 0)
+}
+
 /// Largest resident memory of this process so far; only Linux tells.
 pub(super) fn peak_host_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;

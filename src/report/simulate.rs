@@ -58,6 +58,9 @@ pub struct ModelSizeRecord {
     pub parameters: u64,
     /// Their bytes as they are stored.
     pub parameter_bytes: u64,
+    /// Bytes of a tile as the model takes it.
+    #[serde(default)]
+    pub input_bytes: u64,
     /// Operations per tile of the products in the graph, a multiply-add being two.
     pub flops: u64,
     /// The same by operator.

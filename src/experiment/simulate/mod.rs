@@ -73,9 +73,11 @@ pub fn simulate(
     let idle_bytes = resources::used_device_bytes(&devices);
     resources::forget_peak_host_bytes();
 
+    let batch_sizes = ascending(&request.batch_sizes);
+    let sessions = request.load.sessions.map_or(1, NonZeroUsize::get);
+    batch_sizes.iter().try_for_each(|batch_size| fits(batch_size.get(), sessions, size.input_bytes))?;
     say("loading");
     let tiles = TileSet::synthetic(card.tile_size, TILES, SEED).tiles;
-    let batch_sizes = ascending(&request.batch_sizes);
     let start = Instant::now();
     let load = LoadRequest { batch_size: batch_sizes.first().copied(), ..request.load.clone() };
     let mut engine = Engine::load(card.clone(), &load, config(&card))?;
@@ -136,6 +138,21 @@ fn ascending(batch_sizes: &[NonZeroUsize]) -> Vec<NonZeroUsize> {
     ascending.sort_unstable();
     ascending.dedup();
     ascending
+}
+
+/// Refuses a batch whose tiles alone, in every session, are more than the memory that is free: the system would end the
+/// program.
+fn fits(batch_size: usize, sessions: usize, input_bytes: u64) -> Result<(), ExperimentError> {
+    let needed = (batch_size as u64 * sessions as u64).saturating_mul(input_bytes);
+    match resources::available_bytes() {
+        Some(available) if needed > available => Err(ExperimentError::TooLargeBatch {
+            batch_size,
+            sessions,
+            needed: needed >> 20,
+            available: available >> 20,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Seconds of the first batch. Where the device chose its size and does not have the memory after all it is halved, as in
@@ -258,6 +275,15 @@ pub(super) fn config(card: &ModelCard) -> RunConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_batch_that_no_memory_holds_is_refused() {
+        let error = fits(1 << 20, 1 << 10, 1 << 20).unwrap_err();
+        assert!(
+            error.to_string().starts_with("batches of 1048576 in 1024 sessions hold tiles of 1073741824 MiB, and ")
+        );
+        assert!(fits(8, 2, 3 * 224 * 224 * 4).is_ok());
+    }
 
     #[test]
     fn batch_sizes_are_tried_from_the_smallest_on() {

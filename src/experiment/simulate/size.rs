@@ -14,6 +14,8 @@ const WIDE: usize = 1024;
 const DEEP: usize = 24;
 /// A model takes about three times its weights: weights, activations, workspace.
 const MEMORY_FACTOR: f64 = 3.0;
+/// Of an image.
+const CHANNELS: usize = 3;
 /// Share of a GPU's memory beyond which it gets tight.
 const TIGHT: f64 = 0.8;
 
@@ -35,9 +37,15 @@ pub(in crate::experiment) fn size(
         flops_with_class_token: vit.flops_by_formula_with_class_token(),
         parameters: vit.parameters(),
     });
+    let element_bytes = match contract.element {
+        ElementType::F32 => 4,
+        ElementType::F16 => 2,
+        _ => 1,
+    };
     let record = ModelSizeRecord {
         parameters: cost.parameters,
         parameter_bytes: cost.parameter_bytes,
+        input_bytes: (contract.side * contract.side * CHANNELS * element_bytes) as u64,
         flops: cost.flops,
         flops_by_op: cost.by_op,
         elementwise: cost.elementwise,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::engine::config::TilingConfig;
 use crate::engine::plan::{self, SlidePlan};
 use crate::experiment::ExperimentError;
-use crate::geometry::{Level0Rect, Mpp, Overlap, PixelSize, TileGrid, TilePlane, TilePosition};
+use crate::geometry::{GridError, Level0Rect, Mpp, Overlap, PixelSize, TileGrid, TilePlane, TilePosition};
 use crate::inference::{ModelCard, Task};
 use crate::report::EstimateRecord;
 use crate::slide::{ReadOptions, Slide, TileReader};
@@ -147,7 +147,10 @@ impl SlideSize {
             let (width, height) = (plane.width(), plane.height());
             return Err(ExperimentError::TileLargerThanSlide { tile: card.tile_size, width, height });
         }
-        let grid = TileGrid::new(plane, self.overlap.in_pixels(card.tile_size))?;
+        let grid = TileGrid::new(plane, self.overlap.in_pixels(card.tile_size)).map_err(|error| match error {
+            GridError::TooManyTiles(tiles) => ExperimentError::TooManyTiles { tiles },
+            other => other.into(),
+        })?;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a count")]
         let tissue = (grid.len() as f64 * self.tissue_fraction).round().max(1.0) as u64;
         Ok(TileCounts { grid: grid.len(), full: full_tiles(&plane, self.overlap), tissue })

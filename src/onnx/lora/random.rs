@@ -62,8 +62,9 @@ impl Adapter {
 impl Layer {
     /// The layer's surest name of those that are `target` or end in it.
     fn called(&self, target: &str) -> Option<&str> {
-        let is_target =
-            |name: &&String| name.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        let is_target = |name: &&String| {
+            !target.is_empty() && name.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        };
         self.names.iter().find(is_target).map(String::as_str)
     }
 }
