@@ -147,6 +147,9 @@ pub fn openslide() -> Result<&'static Loaded, NativeError> {
 
 /// Loads ONNX Runtime for the rest of the process; later calls return the first one's answer.
 ///
+/// Its telemetry is switched off; that it does not even open its files for it takes `ORT_DISABLE_TELEMETRY=1` in the
+/// environment, which the program sets for itself.
+///
 /// # Errors
 /// [`NativeError`] if none is found, or the one found can't be loaded or is older than 1.22.
 pub fn onnx_runtime() -> Result<&'static Loaded, NativeError> {

@@ -43,7 +43,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const CONFINED: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
-    ("ctrlc", &["cli"]),
+    ("signal_hook", &["cli"]),
     ("ort", &["inference", "native"]),
     ("openslide_rs", &["slide", "native"]),
     ("openslide_sys", &["native"]),

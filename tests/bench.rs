@@ -82,10 +82,11 @@ fn lora_is_counted_proven_timed_and_held_against_a_baseline() {
     let slower = write_scaled(&place, &record, 0.01, "slower.json");
     bench(&place, "lora", &[&flags[..], &["--baseline", &slower]].concat()).code(0);
 
-    let flags = [&["--vit", OF_FOUR_HEADS], &flags[2..], &["--baseline", &slower]].concat();
-    let [before, now] = NAMES;
-    let why = format!("regression: baseline can't be held against the baseline: model {before}, now {now}");
-    bench(&place, "lora", &flags).code(4).says(&[&why]);
+    let other = [&["--vit", OF_FOUR_HEADS], &flags[2..], &["--baseline", &slower]].concat();
+    let why = format!("slower.json: has \"baseline\" of {}, which this command does not measure", NAMES[0]);
+    bench(&place, "lora", &other).code(2).says(&[&why, "help: "]);
+    let other = ["--vit", SMALL, "--ranks", "4", "--baseline", &slower];
+    bench(&place, "lora", &other).code(2).says(&["has \"rank 2, unmerged\""]);
 
     let own = out.join("bench.json");
     let own = own.to_str().unwrap();
@@ -109,8 +110,11 @@ fn lora_is_counted_proven_timed_and_held_against_a_baseline() {
         .shows(&["rank 2, merged: faster, 100.00×", "rank 8, merged: only in the earlier one"]);
     place.write("out/other.json", "{}");
     place.write("out/broken.json", "{");
-    let shown = place.slidestream(["report", "show", out.to_str().unwrap()]).code(0);
-    shown.shows(&["bench.json", "5 entries. Recommendation: ", "broken.json", "damaged", "1 other JSON files"]);
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(out.join("bench.json"), place.at("link.json")).unwrap();
+    let shown = place.slidestream(["report", "show", "nowhere", out.to_str().unwrap(), "link.json"]).code(3);
+    let shown = shown.shows(&["bench.json", "broken.json", "damaged", "1 other JSON files", "not read  No such file"]);
+    assert_eq!(shown.stdout.matches("5 entries. Recommendation: ").count(), 2, "the file, and the link to it");
 }
 
 #[test]
@@ -171,8 +175,12 @@ fn a_sweep_is_held_against_a_baseline_of_the_same_models() {
     let slower = write_scaled(&place, &record, 0.01, "slower.json");
     measured(SMALL, &["--baseline", &slower]).code(0);
     measured(OF_FOUR_HEADS, &["--baseline", &slower])
-        .code(4)
-        .says(&[&format!("regression: {entry} is in the baseline and was not measured")]);
+        .code(2)
+        .says(&[&format!("slower.json: has {entry:?} of {}, which this command does not measure", NAMES[0])]);
+    let twice = format!("{SMALL};{SMALL}");
+    let flags: Vec<&str> = twice.split(';').flat_map(|vit| ["--vit", vit]).collect();
+    let again = bench(&place, "vit", &[&flags[..], &["--batch-sizes", "2,2", "--sessions", "1", "--json"]].concat());
+    assert_eq!(names(&again.code(0).json()), [&entry]);
     let mut elsewhere = record;
     elsewhere["entries"][0]["device"] = json!("cuda:0");
     let elsewhere = write_scaled(&place, &elsewhere, 0.01, "elsewhere.json");
@@ -189,17 +197,17 @@ fn simulations_of_the_same_model_are_held_against_each_other() {
         let outcome = place.slidestream([&["simulate", "--vit", vit, "--json"], &flags[..]].concat()).code(0);
         place.write(name, &outcome.stdout).to_str().unwrap().to_owned()
     };
-    let compared = |before: &str, after: &str| {
-        let shown = place.slidestream(["report", "compare", before, after]).code(0).stdout;
+    let compared = |before: &str, after: &str, code: i32| {
+        let shown = place.slidestream(["report", "compare", before, after]).code(code).stdout;
         let lines: Vec<String> = shown.lines().map(str::to_owned).collect();
         assert!(lines.len() == 2 && lines[0].starts_with("batch 1: ") && lines[1].starts_with("batch 2: "), "{shown}");
         lines
     };
     let [before, again] = ["before.json", "again.json"].map(|name| simulated(SMALL, name));
-    assert!(compared(&before, &before).iter().all(|line| line.contains(": no difference, 1.00× [")));
-    assert!(compared(&before, &again).iter().all(|line| !line.contains("not comparable")));
+    assert!(compared(&before, &before, 0).iter().all(|line| line.contains(": no difference, 1.00× [")));
+    assert!(compared(&before, &again, 0).iter().all(|line| !line.contains("not comparable")));
     let shallow = simulated("image=32,patch=8,dim=64,depth=1,heads=2", "shallow.json");
-    assert!(compared(&before, &shallow).iter().all(|line| line.contains(": not comparable: ")));
+    assert!(compared(&before, &shallow, 1).iter().all(|line| line.contains(": not comparable: ")));
 }
 
 #[test]
@@ -231,6 +239,7 @@ fn what_makes_no_sense_is_refused() {
     let own = ["--vit", SMALL, "--out", out.to_str().unwrap(), "--baseline", kept.to_str().unwrap()];
     bench(&place, "vit", &own).code(2).says(&["--out would replace it"]);
     bench(&place, "lora", &["--vit", SMALL, "--targets", "qvk"]).code(1).says(&["target \"qvk\"", "help: "]);
+    bench(&place, "lora", &["--vit", SMALL, "--targets", ""]).code(1).says(&["target \"\": none of"]);
     bench(&place, "lora", &["--vit", SMALL, "--ranks", "0"]).code(2);
     bench(&place, "lora", &["--vit", SMALL, "--alpha", "0"]).code(2).says(&["--alpha 0: must be above 0"]);
     bench(&place, "vit", &["--patch", "15"]).code(2).says(&["image=224 is no multiple of patch=15"]);
@@ -240,5 +249,49 @@ fn what_makes_no_sense_is_refused() {
     bench(&place, "vit", &["--vit", SMALL, "--baseline", record.to_str().unwrap()])
         .code(2)
         .says(&["run.json: has schema \"slidestream/run/1\"", "help: name a bench.json"]);
-    place.slidestream(["report", "show", "nowhere"]).code(1).says(&["nowhere"]);
+    place.slidestream(["report", "show", "nowhere"]).code(1).shows(&["nowhere  not read  No such file"]);
+}
+
+/// Starts a command whose temporary files and caches go to folders of their own, which are returned.
+#[cfg(unix)]
+fn start_apart(place: &Workplace, args: &[&str]) -> (support::Started, std::path::PathBuf, std::path::PathBuf) {
+    let (temporary, home) = (place.at("temporary"), place.at("home"));
+    for folder in [&temporary, &home] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    let mut command = place.command(args);
+    command.env("TMPDIR", &temporary).env("HOME", &home).env_remove("XDG_CACHE_HOME");
+    (place.start(&mut command), temporary, home)
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_no_model_and_no_process_behind() {
+    for (signal, args) in [
+        ("INT", &["bench", "vit", "--vit", "image=224,patch=8,dim=384,depth=4,heads=3", "--quiet"][..]),
+        ("TERM", &["bench", "lora", "--vit", "image=224,patch=8,dim=384,depth=4,heads=3", "--quiet"]),
+        ("HUP", &["simulate", "--vit", "image=224,patch=8,dim=384,depth=4,heads=3", "--quiet"]),
+    ] {
+        let place = Workplace::new();
+        let (mut started, temporary, _) = start_apart(&place, &[args, &["--device", "cpu"]].concat());
+        // Of a child too.
+        started.until("a model is built", || support::files(&temporary).keys().any(|name| name.ends_with(".onnx")));
+        started.signal(signal);
+        let finished = started.wait().code(130);
+        assert_eq!((finished.stdout.as_str(), finished.stderr.as_str()), ("", ""), "{args:?}");
+        let left = std::fs::read_dir(&temporary).unwrap().count();
+        assert_eq!(left, 0, "{args:?} left something");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn nothing_is_written_beside_the_results() {
+    let place = Workplace::new();
+    let args = ["simulate", "--vit", SMALL, "--device", "cpu", "--seconds", "0", "--quiet"];
+    let (started, temporary, home) = start_apart(&place, &args);
+    started.wait().code(0);
+    for folder in [temporary, home] {
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "{} is not empty", folder.display());
+    }
 }

@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use slidestream::engine::{LoadRequest, cohort};
@@ -15,13 +14,13 @@ use slidestream::native;
 use slidestream::onnx::vit::{Pool, VitConfig};
 use slidestream::output::write_atomic;
 use slidestream::report::bench::{
-    AloneRecord, BENCH_SCHEMA, Bench, BenchEntry, BenchRecord, Rated, changes, insights, regressions, to_csv,
+    BENCH_SCHEMA, Bench, BenchEntry, BenchRecord, Rate, Rated, changes, insights, regressions, to_csv,
 };
 use slidestream::report::{SimulateRecord, Simulation, bench_html, count, to_json};
 
 use super::options::{BareModelOptions, batch_size, workers};
 use super::report::{other_machine, read};
-use super::{Failure, Outcome, prepare, say, show, simulate, table, temporary_folder};
+use super::{Failure, Outcome, own_process, prepare, say, show, simulate, table, temporary_folder};
 
 /// Exit code 4 if a rate fell below the baseline's
 #[derive(clap::Args, Debug)]
@@ -158,7 +157,6 @@ fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
         show(&String::from_utf8_lossy(&to_json(&lora::alone(&card, file, &load)?)));
         return Ok(Outcome::Done);
     }
-    let gate = args.common.gate()?;
     if !args.alpha.is_finite() || args.alpha <= 0.0 {
         return Err(Failure::usage(format!("--alpha {}: must be above 0", args.alpha)));
     }
@@ -176,11 +174,15 @@ fn bench_lora(args: &LoraArgs) -> Result<Outcome, Failure> {
         load,
         ranks,
         alpha: args.alpha,
-        targets: args.targets.clone(),
+        targets: unique(&args.targets),
         most_time: Duration::from_secs(args.common.seconds),
         folder: folder.path().to_owned(),
     };
-    let found = lora::bench(&card, &request, &mut in_own_process, &mut talk)?;
+    let names = lora::names(&request);
+    let gate = args
+        .common
+        .gate(|rate| names.contains(&rate.name) && rate.setting("model").is_none_or(|model| model == card.name))?;
+    let found = lora::bench(&card, &request, &mut |file| own_process::again("--alone", file), &mut talk)?;
     args.common.finish(found, started, gate.as_ref())
 }
 
@@ -195,25 +197,20 @@ impl LoraArgs {
     }
 }
 
-/// This very command line for one file, so that its memory is its own.
-fn in_own_process(file: &Path) -> Option<AloneRecord> {
-    let mut command = Command::new(std::env::current_exe().ok()?);
-    command.args(std::env::args_os().skip(1)).arg("--alone").arg(file);
-    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-    serde_json::from_slice(&output.stdout).ok().filter(|_| output.status.success())
-}
-
 fn bench_vit(args: &VitArgs) -> Result<Outcome, Failure> {
-    let gate = args.common.gate()?;
     let started = cohort::now();
     let (models, skipped) = models(args)?;
     let request = vit::VitRequest {
         models,
-        precisions: args.precision.iter().map(|precision| word_of(*precision).to_owned()).collect(),
-        batch_sizes: args.batch_sizes.clone(),
+        precisions: unique(&args.precision).into_iter().map(|precision| word_of(precision).to_owned()).collect(),
+        batch_sizes: unique(&args.batch_sizes),
         places: args.common.places()?,
         skipped,
     };
+    let gate = args.common.gate(|rate| {
+        let batch_size = rate.setting("batch size").and_then(|size| size.parse().ok());
+        vit::names(&request, batch_size).contains(&rate.name)
+    })?;
     let mut talk = args.common.talk();
     let found = vit::bench(&request, &mut |case| args.common.simulated(case), &mut talk)?;
     args.common.finish(found, started, gate.as_ref())
@@ -233,16 +230,16 @@ fn models(args: &VitArgs) -> Result<Models, Failure> {
             true => vec![text.as_str()],
             false => text.split(',').map(str::trim).collect(),
         });
-        return Ok((names.map(parse).collect::<Result<_, _>>()?, Vec::new()));
+        return Ok((unique(&names.map(parse).collect::<Result<Vec<_>, _>>()?), Vec::new()));
     }
     let axes = vit::Axes {
-        images: args.image.clone(),
-        patches: args.patch.clone(),
-        dims: args.dim.clone(),
-        depths: args.depth.clone(),
-        heads: args.heads.clone(),
-        mlp_ratios: args.mlp.clone(),
-        pools: args.pool.clone(),
+        images: unique(&args.image),
+        patches: unique(&args.patch),
+        dims: unique(&args.dim),
+        depths: unique(&args.depth),
+        heads: unique(&args.heads),
+        mlp_ratios: unique(&args.mlp),
+        pools: unique(&args.pool),
     };
     let (configs, skipped) = vit::combinations(&axes).map_err(ExperimentError::from)?;
     if configs.is_empty() {
@@ -250,6 +247,12 @@ fn models(args: &VitArgs) -> Result<Models, Failure> {
         return Err(Failure::usage(format!("there is no such ViT: {}", why.join("; "))));
     }
     Ok((configs.into_iter().map(|config| (vit::name_of(&config), config)).collect(), skipped))
+}
+
+/// Each value once, in the order in which they were given.
+fn unique<T: Clone + PartialEq>(values: &[T]) -> Vec<T> {
+    let is_first = |(index, value): &(usize, &T)| !values[..*index].contains(value);
+    values.iter().enumerate().filter(is_first).map(|(_, value)| value.clone()).collect()
 }
 
 fn word_of(precision: Precision) -> &'static str {
@@ -282,8 +285,8 @@ impl Common {
         }
     }
 
-    /// The rates that none may fall below; read before anything is measured.
-    fn gate(&self) -> Result<Option<Rated>, Failure> {
+    /// The rates that none may fall below; read before anything is measured, which must be all of them.
+    fn gate(&self, is_measured: impl Fn(&Rate) -> bool) -> Result<Option<Rated>, Failure> {
         if !(0.0..1.0).contains(&self.max_regression) {
             return Err(Failure::usage(format!("--max-regression {}: must be from 0 to below 1", self.max_regression)));
         }
@@ -293,7 +296,20 @@ impl Common {
         if self.baseline.as_ref().zip(self.out.as_ref()).is_some_and(is_replaced) {
             return Err(Failure::usage("--baseline: --out would replace it; keep it elsewhere"));
         }
-        self.baseline.as_deref().map(read).transpose()
+        let Some(file) = &self.baseline else { return Ok(None) };
+        let baseline = read(file)?;
+        if let Some(rate) = baseline.rates.iter().find(|rate| !is_measured(rate)) {
+            let of = rate.setting("model").map_or_else(String::new, |model| format!(" of {model}"));
+            return Err(Failure {
+                hint: Some("name a bench.json of the same models and settings, or leave out no entry of it".to_owned()),
+                ..Failure::usage(format!(
+                    "--baseline {}: has {:?}{of}, which this command does not measure",
+                    file.display(),
+                    rate.name
+                ))
+            });
+        }
+        Ok(Some(baseline))
     }
 
     /// Where to measure.
@@ -315,36 +331,26 @@ impl Common {
 
     /// What `simulate` finds out in a process of its own.
     fn simulated(&self, case: &vit::Case) -> Result<Simulation, String> {
-        let broken = |error: &dyn std::fmt::Display| format!("slidestream can't call itself: {error}");
-        let mut command = Command::new(std::env::current_exe().map_err(|error| broken(&error))?);
-        command.args(["simulate", "--json", "--quiet", "--seconds", &self.seconds.to_string()]);
-        command.args(["--vit", &case.config.to_string()]);
         let mut load = self.load(None);
         if let Some(device) = &case.device {
-            load.devices = device.parse().map_err(|error| broken(&error))?;
+            load.devices = device.parse()?;
         }
-        if let (true, Some((one, _))) = (case.is_of_one, load.on_one().map_err(|error| broken(&error))?) {
+        if let (true, Some((one, _))) = (case.is_of_one, load.on_one().map_err(|error| error.to_string())?) {
             load = one;
         }
-        let found = device::resolve(&load.devices, load.provider, None).map_err(|error| broken(&error))?;
-        command.args(["--device", &device::in_words(&found.devices), "--provider", &found.provider.to_string()]);
-        if let Some(sessions) = load.sessions {
-            command.args(["--sessions", &sessions.to_string()]);
-        }
-        if let Some(precision) = &case.precision {
-            command.args(["--optimize", precision]);
-        }
-        if let Some(batch_size) = case.batch_size {
-            command.args(["--batch-sizes", &batch_size.to_string()]);
-        }
-        let output = command.stdin(Stdio::null()).output().map_err(|error| broken(&error))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let error = said.lines().find_map(|line| line.strip_prefix("error: "));
-            return Err(error.map_or_else(|| format!("simulate ended with {}", output.status), str::to_owned));
-        }
-        let record: SimulateRecord = serde_json::from_slice(&output.stdout).map_err(|error| broken(&error))?;
-        Ok(record.found)
+        let found = device::resolve(&load.devices, load.provider, None).map_err(|error| error.to_string())?;
+        let mut args = vec!["simulate".to_owned(), "--json".to_owned(), "--quiet".to_owned()];
+        let mut add = |flag: &str, value: Option<String>| {
+            args.extend(value.into_iter().flat_map(|value| [flag.to_owned(), value]));
+        };
+        add("--seconds", Some(self.seconds.to_string()));
+        add("--vit", Some(case.config.to_string()));
+        add("--device", Some(device::in_words(&found.devices)));
+        add("--provider", Some(found.provider.to_string()));
+        add("--sessions", load.sessions.map(|sessions| sessions.to_string()));
+        add("--optimize", case.precision.clone());
+        add("--batch-sizes", case.batch_size.map(|batch_size| batch_size.to_string()));
+        Ok(own_process::other::<SimulateRecord>(args)?.found)
     }
 
     /// Writes the files, prints the result, and holds it against the baseline.

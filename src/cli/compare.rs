@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use slidestream::engine::cohort;
@@ -11,12 +10,12 @@ use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use slidestream::native;
 use slidestream::output::write_atomic;
 use slidestream::report::compare::{
-    COMPARE_SCHEMA, CompareRecord, Findings, GateRecord, LadderRow, RateRecord, ResourcesRecord, conclusions, to_csv,
+    COMPARE_SCHEMA, CompareRecord, Findings, GateRecord, LadderRow, RateRecord, conclusions, to_csv,
 };
 use slidestream::report::{compare_html, to_json};
 
 use super::options::BareModelOptions;
-use super::{Failure, Outcome, prepare, say, show, table};
+use super::{Failure, Outcome, own_process, prepare, say, show, table};
 
 /// Writes compare.json, compare.csv and compare.html; exit code 4 if a gate fails
 #[derive(clap::Args, Debug)]
@@ -87,7 +86,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         }
     };
     let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.model[0], "compare"));
-    let found = compare::compare(&request, &mut in_own_process, &mut talk)?;
+    let found = compare::compare(&request, &mut |step| own_process::again("--alone", step.to_string()), &mut talk)?;
     let record = record(found, started);
     let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
     write_atomic(&out.join("compare.csv"), &table)?;
@@ -118,14 +117,6 @@ fn request(args: &Args) -> Result<CompareRequest, Failure> {
         seconds,
         gates: Gates { min_cosine: args.min_cosine, max_flips: args.max_flips, max_metric_loss: args.max_metric_loss },
     })
-}
-
-/// This very command line for one step, so that its memory is its own.
-fn in_own_process(step: &Alone) -> Option<ResourcesRecord> {
-    let mut command = Command::new(std::env::current_exe().ok()?);
-    command.args(std::env::args_os().skip(1)).arg("--alone").arg(step.to_string());
-    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-    serde_json::from_slice(&output.stdout).ok().filter(|_| output.status.success())
 }
 
 fn record(found: Findings, started: String) -> CompareRecord {

@@ -7,8 +7,10 @@ mod compare;
 mod doctor;
 mod evaluate;
 mod inspect;
+mod interrupt;
 mod optimize;
 mod options;
+mod own_process;
 mod predict;
 mod prepare;
 mod progress;
@@ -98,13 +100,15 @@ impl From<Outcome> for ExitCode {
             Outcome::Failed => 1,
             Outcome::Partly => 3,
             Outcome::GateFailed => 4,
-            Outcome::Interrupted => 130,
+            Outcome::Interrupted => INTERRUPTED,
         })
     }
 }
 
 /// Exit code of a wrong command line; the one that clap uses.
 const USAGE: u8 = 2;
+/// Exit code after an interrupt; the one that a shell gives.
+const INTERRUPTED: u8 = 130;
 
 /// Why a command could not do its work, with how to put it right.
 #[derive(Debug)]
@@ -131,6 +135,8 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
             | ExperimentError::Refused { .. }
             | ExperimentError::Incomparable { .. }
             | ExperimentError::TileLargerThanSlide { .. }
+            | ExperimentError::TooManyTiles { .. }
+            | ExperimentError::TooLargeBatch { .. }
             | ExperimentError::InTheWay { .. }
             | ExperimentError::NothingToGate
             | ExperimentError::Vit(_)
@@ -145,7 +151,18 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     native::set_paths(native::Paths { onnx_runtime: cli.onnxruntime_library, openslide: cli.openslide_library });
-    let outcome = match cli.command {
+    let temporary = match interrupt::listen() {
+        Ok(folder) => folder,
+        Err(failure) => return ended_by(&failure),
+    };
+    let outcome = execute(cli.command);
+    interrupt::wait_if_ending();
+    drop(temporary);
+    outcome.map_or_else(|failure| ended_by(&failure), ExitCode::from)
+}
+
+fn execute(command: Command) -> Result<Outcome, Failure> {
+    match command {
         Command::Run(args) => run::execute(&args),
         Command::Tiles(args) => tiles::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
@@ -157,17 +174,15 @@ pub(crate) fn main() -> ExitCode {
         Command::Bench(args) => bench::execute(&args),
         Command::Report(args) => report::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
-    };
-    match outcome {
-        Ok(outcome) => outcome.into(),
-        Err(failure) => {
-            say(&format!("error: {}", failure.message));
-            if let Some(hint) = failure.hint {
-                say(&format!("help: {hint}"));
-            }
-            ExitCode::from(failure.code)
-        }
     }
+}
+
+fn ended_by(failure: &Failure) -> ExitCode {
+    say(&format!("error: {}", failure.message));
+    if let Some(hint) = &failure.hint {
+        say(&format!("help: {hint}"));
+    }
+    ExitCode::from(failure.code)
 }
 
 /// One line of talk, to stderr; a reader who has gone away is not an error.
@@ -182,30 +197,16 @@ fn show(text: &str) {
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             say(&format!("error: the results can't be written to stdout: {error}"));
-            std::process::exit(1);
+            interrupt::end(1);
         }
         _ => {}
     }
 }
 
-/// A folder for a command's own files, gone at its end and when the user interrupts it, which ends the program.
+/// A folder for a command's own files, gone at its end.
 fn temporary_folder() -> Result<tempfile::TempDir, Failure> {
-    let folder = tempfile::tempdir().map_err(|source| ExperimentError::File {
-        path: std::env::temp_dir(),
-        doing: "written",
-        source,
-    })?;
-    let path = folder.path().to_owned();
-    ctrlc::set_handler(move || {
-        std::fs::remove_dir_all(&path).ok();
-        std::process::exit(130);
-    })
-    .map_err(no_handler)?;
-    Ok(folder)
-}
-
-fn no_handler(error: ctrlc::Error) -> Failure {
-    Failure { message: format!("no handler for interrupts: {error}"), hint: None, code: 1 }
+    let path = tempfile::env::temp_dir();
+    Ok(tempfile::tempdir().map_err(|source| ExperimentError::File { path, doing: "written", source })?)
 }
 
 /// Names and values in two columns.

@@ -42,16 +42,25 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         What::Compare { earlier, later } => {
             let (earlier, later) = (read(earlier)?, read(later)?);
             other_machine(&earlier, &later).into_iter().for_each(|warning| say(&warning));
-            let said: Vec<String> = changes(&earlier, &later).iter().map(Change::in_words).collect();
+            let changes = changes(&earlier, &later);
+            let said: Vec<String> = changes.iter().map(Change::in_words).collect();
             show(&format!("{}\n", said.join("\n")));
-            Ok(Outcome::Done)
+            if changes.iter().any(Change::is_judged) {
+                return Ok(Outcome::Done);
+            }
+            Err(Failure {
+                message: "nothing in the two can be held against each other".to_owned(),
+                hint: Some("compare measurements of the same models with the same settings".to_owned()),
+                code: 1,
+            })
         }
     }
 }
 
 /// The rates of a benchmark or a simulation.
 pub(super) fn read(path: &Path) -> Result<Rated, Failure> {
-    Rated::from_json(&bytes(path)?).map_err(|error| Failure {
+    let wrong = |source| ExperimentError::File { path: path.to_owned(), doing: "read", source };
+    Rated::from_json(&std::fs::read(path).map_err(wrong)?).map_err(|error| Failure {
         hint: Some("name a bench.json, or what `simulate --json` printed".to_owned()),
         ..Failure::usage(format!("{}: {error}", path.display()))
     })
@@ -65,16 +74,36 @@ pub(super) fn other_machine(earlier: &Rated, later: &Rated) -> Option<String> {
 
 fn show_all(paths: &[PathBuf]) -> Result<Outcome, Failure> {
     let mut rows: Vec<Vec<String>> = Vec::new();
-    let mut others = 0;
+    let (mut others, mut unread) = (0, 0);
     for path in paths {
         for entry in WalkDir::new(path).sort_by_file_name() {
-            let entry = entry.map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
+            let mut not_read = |file: &Path, why: String| {
+                unread += 1;
+                rows.push(vec![file.display().to_string(), "not read".to_owned(), why]);
+            };
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    let why = error.io_error().map_or_else(|| error.to_string(), ToString::to_string);
+                    not_read(error.path().unwrap_or(path), why);
+                    continue;
+                }
+            };
             let file = entry.path();
-            if !entry.file_type().is_file() || file.extension().is_none_or(|extension| extension != "json") {
+            // Of a link, what it leads to; one that leads nowhere is read in vain, and that is told.
+            let is_json = file.extension().is_some_and(|extension| extension == "json");
+            if !is_json || file.is_dir() {
                 continue;
             }
+            let bytes = match std::fs::read(file) {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    not_read(file, error.to_string());
+                    continue;
+                }
+            };
             let name = file.display().to_string();
-            match serde_json::from_slice::<Value>(&bytes(file)?) {
+            match serde_json::from_slice::<Value>(&bytes) {
                 Ok(record) => match bench::summary(&record) {
                     Some((kind, told)) => rows.push(vec![name, kind.to_owned(), told]),
                     None => others += 1,
@@ -91,10 +120,5 @@ fn show_all(paths: &[PathBuf]) -> Result<Outcome, Failure> {
         writeln!(text, "{others} other JSON files").ok();
     }
     show(&text);
-    Ok(Outcome::Done)
-}
-
-fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
-    let wrong = |source| ExperimentError::File { path: path.to_owned(), doing: "read", source };
-    Ok(std::fs::read(path).map_err(wrong)?)
+    Ok(Outcome::of(unread, rows.len() + others))
 }

@@ -16,7 +16,7 @@ use slidestream::slide::Slide;
 
 use super::options::RunOptions;
 use super::progress::Progress;
-use super::{Failure, Outcome, no_handler, prepare, show};
+use super::{Failure, Outcome, interrupt, prepare, show};
 
 /// Exit codes: 0 all done, 1 everything failed, 2 usage, 3 some slides or tiles failed, 130 interrupted
 #[derive(clap::Args, Debug)]
@@ -54,15 +54,10 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let cancel = Cancel::default();
     let asked = cancel.clone();
     let running = engine.stop_handles();
-    ctrlc::set_handler(move || {
-        // A second request does not wait for the pipeline to wind down.
-        if asked.is_cancelled() {
-            std::process::exit(130);
-        }
+    interrupt::wind_down_by(move || {
         asked.cancel();
         running.iter().for_each(StopHandle::stop);
-    })
-    .map_err(no_handler)?;
+    });
 
     let folder = OutputFolder::lock(&args.out)?;
     let mut run = prepare::run_record(&engine, &slides);

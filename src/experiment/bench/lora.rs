@@ -28,6 +28,8 @@ const TURN_SECS: f64 = 0.1;
 const LEAST_ROUNDS: usize = 7;
 /// Tiles on which merged and unmerged outputs are compared.
 const PROOF_TILES: usize = 4;
+/// What the model without an adapter is called.
+const BASELINE: &str = "baseline";
 /// Turns of a model alone while it is watched: memory has grown by then, and a GPU tells how busy it is a few times a second.
 const ALONE_TURNS: usize = 3;
 const ALONE_TURNS_ON_GPU: usize = 16;
@@ -59,22 +61,21 @@ struct Subject {
 }
 
 /// Measures the model, and per rank the unmerged and the merged one, all in turns, each also on one device or by one
-/// session where more were asked for. `alone` measures what a model's file takes in a process of its own, where one can
-/// be had; `say` is told what is being done.
+/// session where more were asked for. `alone` runs [`alone()`] in a process of its own; `say` is told what is being done.
 ///
 /// # Errors
 /// [`ExperimentError`] if the model has no such layers or can't be run, or merging changes its outputs.
 pub fn bench(
     card: &ModelCard,
     request: &LoraRequest,
-    alone: &mut dyn FnMut(&Path) -> Option<AloneRecord>,
+    alone: &mut dyn FnMut(&Path) -> Result<AloneRecord, String>,
     say: &mut dyn FnMut(&str),
 ) -> Result<Bench, ExperimentError> {
     let variant = variant_of(card, &request.load)?;
     let mut model = variant.load()?;
     model.embed_weights(&variant.file)?;
     let maker = Maker { card, variant, original: Rewriter::new(model.clone())?, request };
-    let mut subjects = vec![maker.subject("baseline".to_owned(), model, None)?];
+    let mut subjects = vec![maker.subject(BASELINE.to_owned(), model, None)?];
     let parameters = subjects[0].size.parameters;
     for &rank in &request.ranks {
         say(&format!("making rank {rank}, and proving that merging changes nothing"));
@@ -83,8 +84,8 @@ pub fn bench(
     for subject in &mut subjects {
         say(&format!("{}: measuring memory", subject.name));
         match alone(&subject.card.default_variant()?.file) {
-            Some(seen) => subject.alone = seen,
-            None => say(&format!("{}: a process of its own could not be had: its memory is not known", subject.name)),
+            Ok(seen) => subject.alone = seen,
+            Err(why) => say(&format!("{}: its memory is not known: {why}", subject.name)),
         }
     }
     say("measuring speed, in turns");
@@ -104,6 +105,21 @@ pub fn bench(
         entries: entries.collect(),
         skipped: Vec::new(),
     })
+}
+
+/// What the entries of a bench are called.
+#[must_use]
+pub fn names(request: &LoraRequest) -> Vec<String> {
+    let of_rank = |rank: &usize| [unmerged(*rank), merged(*rank)];
+    [BASELINE.to_owned()].into_iter().chain(request.ranks.iter().flat_map(of_rank)).collect()
+}
+
+fn unmerged(rank: usize) -> String {
+    format!("rank {rank}, unmerged")
+}
+
+fn merged(rank: usize) -> String {
+    format!("rank {rank}, merged")
 }
 
 /// What the model in `file` takes of memory and devices, if this process does nothing else.
@@ -162,9 +178,9 @@ impl Maker<'_> {
             max_abs_difference: 0.0,
             difference_bound: 0.0,
         };
-        let mut unmerged = self.subject(format!("rank {rank}, unmerged"), unmerged.finish()?, Some(record))?;
+        let mut unmerged = self.subject(self::unmerged(rank), unmerged.finish()?, Some(record))?;
         let record = LoraRecord { is_merged: true, ..record };
-        let mut merged = self.subject(format!("rank {rank}, merged"), merged.finish()?, Some(record))?;
+        let mut merged = self.subject(self::merged(rank), merged.finish()?, Some(record))?;
         let (difference, bound) = proven(&unmerged.card, &merged.card, rank, &Rounding::of(&self.original, &adapter))?;
         for lora in [&mut unmerged.lora, &mut merged.lora].into_iter().flatten() {
             (lora.max_abs_difference, lora.difference_bound) = (difference, bound);

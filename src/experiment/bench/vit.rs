@@ -165,6 +165,13 @@ pub fn bench(
     Ok(Bench { kind: BenchKind::Vit, subject, lora_targets: Vec::new(), entries, skipped })
 }
 
+/// What the entries of a bench are called, where `batch_size` is the one that a device chooses.
+#[must_use]
+pub fn names(request: &VitRequest, batch_size: Option<NonZeroUsize>) -> Vec<String> {
+    let of_case = |(case, _): (Case, _)| Case { batch_size: case.batch_size.or(batch_size), ..case }.to_string();
+    cases(request).into_iter().map(of_case).collect()
+}
+
 /// Every case, and how many devices or sessions it runs on if they are several.
 fn cases(request: &VitRequest) -> Vec<(Case, Option<usize>)> {
     let or_one = |empty: bool| if empty { 1 } else { 0 };

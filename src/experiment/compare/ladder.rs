@@ -100,7 +100,8 @@ impl Ladder {
         &self,
         subjects: &[Subject],
         tiles: usize,
-        in_own_process: &mut dyn FnMut(&Alone) -> Option<ResourcesRecord>,
+        in_own_process: &mut dyn FnMut(&Alone) -> Result<ResourcesRecord, String>,
+        say: &mut dyn FnMut(&str),
     ) -> Vec<Option<ResourcesRecord>> {
         let mut known: Vec<(Setting, Option<ResourcesRecord>)> = Vec::new();
         let mut measure = |step: &Step| {
@@ -109,7 +110,9 @@ impl Ladder {
                 return *found;
             }
             let subject = subjects[setting.subject].name.clone();
-            let found = in_own_process(&Alone { way: setting.way, batch: setting.batch, tiles, subject });
+            let found = in_own_process(&Alone { way: setting.way, batch: setting.batch, tiles, subject })
+                .inspect_err(|why| say(&format!("{}: its memory is not known: {why}", step.name)))
+                .ok();
             known.push((setting, found));
             found
         };

@@ -74,7 +74,7 @@ pub struct CompareRequest {
 /// does not run is left out, and that is said.
 pub fn compare(
     request: &CompareRequest,
-    in_own_process: &mut dyn FnMut(&Alone) -> Option<ResourcesRecord>,
+    in_own_process: &mut dyn FnMut(&Alone) -> Result<ResourcesRecord, String>,
     say: &mut dyn FnMut(&str),
 ) -> Result<Findings, ExperimentError> {
     let (subjects, mut left_out) = subjects::subjects(request)?;
@@ -104,7 +104,7 @@ pub fn compare(
 
     say("measuring the memory of each step in a process of its own");
     let round = course.as_ref().map_or(request.tiles, |course| course.wanted);
-    let resources = ladder.resources(&subjects, round, in_own_process);
+    let resources = ladder.resources(&subjects, round, in_own_process, say);
 
     let slide_tiles = course.as_ref().map(|course| course.slide_tiles);
     let (rows, best) = ladder.rows(

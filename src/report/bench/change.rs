@@ -175,6 +175,12 @@ impl Rated {
 }
 
 impl Rate {
+    /// One of its settings.
+    #[must_use]
+    pub fn setting(&self, name: &str) -> Option<&str> {
+        self.settings.iter().find(|(what, _)| *what == name).map(|(_, value)| value.as_str())
+    }
+
     /// The first setting that is known of both and differs, with both values.
     fn difference(&self, later: &Self) -> Option<String> {
         self.settings.iter().find_map(|(what, before)| {
@@ -185,6 +191,12 @@ impl Rate {
 }
 
 impl Change {
+    /// Whether the two rates could be held against each other.
+    #[must_use]
+    pub fn is_judged(&self) -> bool {
+        matches!(self.verdict, Verdict::Faster(_) | Verdict::Slower(_) | Verdict::NoDifference(_))
+    }
+
     /// In a sentence.
     #[must_use]
     pub fn in_words(&self) -> String {
