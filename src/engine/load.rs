@@ -85,9 +85,8 @@ impl Engine {
         let factories: Vec<SessionFactory> = resolved.devices.iter().map(factory).collect::<Result<_, _>>()?;
         let mut sessions: Vec<Box<dyn Session>> = Vec::new();
         for factory in &factories {
-            for _ in 0..sessions_per_device {
-                sessions.push(Box::new(factory.open()?));
-            }
+            let opened = factory.open_all(sessions_per_device)?.into_iter();
+            sessions.extend(opened.map(|session| Box::new(session) as Box<dyn Session>));
         }
         let batch_size = match request.batch_size {
             Some(size) => size,

@@ -80,9 +80,7 @@ impl Predictor {
                 Some(size) => size.get(),
                 None => batch_size.min(factory.auto_batch_size(per_device)?),
             };
-            for _ in 0..per_device {
-                sessions.push(Mutex::new(factory.open()?));
-            }
+            sessions.extend(factory.open_all(per_device)?.into_iter().map(Mutex::new));
         }
         let workers = match sessions.len() {
             1 => None,

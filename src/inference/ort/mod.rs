@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use ndarray::{Array2, Array4, ShapeError};
 use ort::session::RunOptions;
 use ort::session::builder::PrepackedWeights;
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::input::Input;
@@ -128,6 +129,17 @@ impl SessionFactory {
     /// [`SessionError::Open`] or [`SessionError::OutOfMemory`] with ONNX Runtime's reason.
     pub fn open(&self) -> Result<OrtSession, SessionError> {
         OrtSession::open(Arc::clone(&self.shared))
+    }
+
+    /// Opens so many sessions; on the CPU at once, for each optimises the graph and packs the weights on a core of its own.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_all(&self, count: usize) -> Result<Vec<OrtSession>, SessionError> {
+        match self.shared.options.provider {
+            Provider::Cpu => (0..count).into_par_iter().map(|_| self.open()).collect(),
+            _ => (0..count).map(|_| self.open()).collect(),
+        }
     }
 
     /// How the model is fed and read.
