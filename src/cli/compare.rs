@@ -8,7 +8,7 @@ use slidestream::engine::cohort;
 use slidestream::experiment::compare::{self, Alone, CompareRequest, Gates, MostFlips};
 use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use slidestream::native;
-use slidestream::output::write_atomic;
+use slidestream::output::{prepare_folder, write_atomic};
 use slidestream::report::compare::{
     COMPARE_SCHEMA, CompareRecord, Findings, GateRecord, LadderRow, RateRecord, conclusions, to_csv,
 };
@@ -86,14 +86,24 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         }
     };
     let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.model[0], "compare"));
+    prepare_folder(&out)?;
     let found = compare::compare(&request, &mut |step| own_process::again("--alone", step.to_string()), &mut talk)?;
     let record = record(found, started);
-    let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
-    write_atomic(&out.join("compare.csv"), &table)?;
-    write_atomic(&out.join("compare.html"), compare_html(&record).as_bytes())?;
-    write_atomic(&out.join("compare.json"), &to_json(&record))?;
-    show(&summary(&record, &out));
+    let written = write(&record, &out);
+    show(&summary(&record, written.as_ref().map_or(&[], Vec::as_slice)));
+    // Only now: what was found is not lost with a disk that is full.
+    written?;
     Ok(if record.found.gates.iter().all(|gate| gate.passed) { Outcome::Done } else { Outcome::GateFailed })
+}
+
+/// Writes the files, which are returned.
+fn write(record: &CompareRecord, out: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let [page, csv, json] = ["compare.html", "compare.csv", "compare.json"].map(|name| out.join(name));
+    let table = to_csv(record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
+    write_atomic(&csv, &table)?;
+    write_atomic(&page, compare_html(record).as_bytes())?;
+    write_atomic(&json, &to_json(record))?;
+    Ok(vec![page, csv, json])
 }
 
 fn request(args: &Args) -> Result<CompareRequest, Failure> {
@@ -130,7 +140,7 @@ fn record(found: Findings, started: String) -> CompareRecord {
     record
 }
 
-fn summary(record: &CompareRecord, out: &Path) -> String {
+fn summary(record: &CompareRecord, written: &[PathBuf]) -> String {
     let heads = ["", "step", "variant", "batch", "model alone", "", "end to end", "", "memory"];
     let rows: Vec<Vec<String>> =
         record.found.ladder.iter().enumerate().map(|(index, row)| cells(index, row).to_vec()).collect();
@@ -143,8 +153,8 @@ fn summary(record: &CompareRecord, out: &Path) -> String {
         let GateRecord { variant, name, reason, passed, .. } = gate;
         writeln!(text, "gate {}: {variant}: {name}: {reason}", if *passed { "passed" } else { "failed" }).ok();
     }
-    for file in ["compare.html", "compare.csv", "compare.json"] {
-        writeln!(text, "{}", out.join(file).display()).ok();
+    for file in written {
+        writeln!(text, "{}", file.display()).ok();
     }
     text
 }

@@ -93,11 +93,13 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         calibration: request.calibration.as_ref().map(|tiles| tiles.source.clone()),
         variants: made.variants,
     };
-    output::write_atomic(&request.out.join("optimize.json"), &report::to_json(&record))?;
+    let written = output::write_atomic(&request.out.join("optimize.json"), &report::to_json(&record));
     if args.explain {
         show(&explanation(&record.variants));
     }
     show(&summary(&record.variants, &request.out));
+    // Only now: what was found is not lost with a disk that is full.
+    written?;
     Ok(Outcome::Done)
 }
 
@@ -110,6 +112,8 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
     };
     precisions.sort_unstable();
     precisions.dedup();
+    let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.model, "optimized"));
+    output::prepare_folder(&out)?;
     let count = args.tiles as usize;
     let (tiles, calibration) = if args.calibrate.is_empty() {
         (TileSet::synthetic(card.tile_size, count, args.seed), None)
@@ -130,7 +134,7 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
         min_cosine: args.min_cosine,
         reduce_range: !device::list().cpu.features.iter().any(|feature| feature.contains("vnni")),
         most_time: Duration::from_secs(args.seconds),
-        out: args.out.clone().unwrap_or_else(|| prepare::beside(&args.model, "optimized")),
+        out,
     })
 }
 

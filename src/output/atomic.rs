@@ -172,6 +172,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<Written, OutputError> {
     file.commit()
 }
 
+/// Makes a folder of results, with the folders above it, and tries that files can be written there. It is cheap, so that
+/// it stands before long work whose results would otherwise be lost.
+///
+/// # Errors
+/// [`OutputError::Write`] naming `folder`.
+pub fn prepare_folder(folder: &Path) -> Result<(), OutputError> {
+    fs::create_dir_all(folder).map_err(OutputError::write(folder))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".trial.").suffix(".partial");
+    builder.tempfile_in(folder).map_err(OutputError::write(folder))?;
+    Ok(())
+}
+
 /// Whether `path` is named like the remains of an [`AtomicFile`] that was never committed.
 #[must_use]
 pub fn is_partial(path: &Path) -> bool {
@@ -288,6 +301,29 @@ pub(super) mod tests {
         assert!(error.source().unwrap().to_string().contains("No space left"));
         assert_eq!(error.hint(), Some("free space or choose another `out`"));
         assert!(names_in(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_folder_is_tried_and_nothing_stays_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("a/b");
+        for _ in 0..2 {
+            prepare_folder(&out).unwrap();
+            assert!(names_in(&out).is_empty());
+        }
+        fs::write(out.join("file"), b"").unwrap();
+        for name in ["file", "file/below"] {
+            let error = prepare_folder(&out.join(name)).unwrap_err();
+            assert!(error.to_string().ends_with(&format!("{name}: can't be written")), "{error}");
+            assert_eq!(error.hint(), Some("choose another `out`: a file or folder of that name is in the way"));
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_folder_that_takes_no_files_is_refused() {
+        let error = prepare_folder(Path::new("/proc/self")).unwrap_err();
+        assert!(error.to_string().contains("/proc/self: can't be written"), "{error}");
     }
 
     #[test]
