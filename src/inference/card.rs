@@ -465,7 +465,10 @@ pub(super) fn onnx_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
 }
 
 fn read_text(path: &Path) -> Result<String, ModelError> {
-    std::fs::read_to_string(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })
+    std::fs::read_to_string(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::InvalidData => ModelError::NoText { path: path.to_owned() },
+        _ => ModelError::Read { path: path.to_owned(), source },
+    })
 }
 
 /// The position of the class that is not drawn.
@@ -508,6 +511,9 @@ mod tests {
         let load = |path: &Path| ModelCard::load(path, &BareModel::default()).unwrap_err();
         assert!(matches!(load(folder.path()), ModelError::NoCard { .. }));
         assert!(matches!(load(&folder.path().join("card.toml")), ModelError::Read { .. }));
+        std::fs::write(folder.path().join("a.png"), [0x89, b'P']).unwrap();
+        let told = load(&folder.path().join("a.png")).to_string();
+        assert!(told.ends_with("a.png: is neither a model's card nor an .onnx file"), "{told}");
     }
 
     #[test]

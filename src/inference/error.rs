@@ -24,6 +24,12 @@ pub enum ModelError {
         /// The folder.
         path: PathBuf,
     },
+    /// What should be a card is no text.
+    #[error("{}: is neither a model's card nor an .onnx file", path.display())]
+    NoText {
+        /// The file.
+        path: PathBuf,
+    },
     /// `card.toml` is no TOML, or has an unknown, missing or mistyped key; the source shows line and key.
     #[error("{}: is no model card", path.display())]
     Toml {
@@ -137,6 +143,7 @@ impl ModelError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NoCard { .. } => Some("name the card.toml, config.json or .onnx file itself"),
+            Self::NoText { .. } => Some("name a model's folder, its card.toml or config.json, or an .onnx file"),
             Self::Toml { .. } => Some("models/README.md lists every key of a card"),
             Self::TorchScript { .. } => Some("models/train/torchscript_to_onnx.py makes an .onnx file beside it"),
             Self::Transform { .. } => Some("fold other transforms into the model, or write a card.toml"),
