@@ -1,5 +1,6 @@
 //! Why an experiment can't be done.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use crate::engine::EngineError;
@@ -63,6 +64,14 @@ pub enum ExperimentError {
         /// The decoder's reason.
         source: image::ImageError,
     },
+    /// An image whose data are not whole.
+    #[error("{}: is damaged: {reason}", path.display())]
+    DamagedImage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with its data.
+        reason: String,
+    },
     /// An image that is not what can be predicted: another size, or a slide.
     #[error("{}: {reason}", path.display())]
     Unsuited {
@@ -71,7 +80,7 @@ pub enum ExperimentError {
         /// What is wrong with it.
         reason: String,
         /// What to do instead.
-        hint: &'static str,
+        hint: Cow<'static, str>,
     },
     /// A precision that makes no sense on the device.
     #[error("{what} is not made for {device}: {why}")]
@@ -248,6 +257,10 @@ impl ExperimentError {
             Self::NoCalibration => "set calibrate to slides, or to a folder of images of the model's resolution",
             Self::NoTiles { .. } => "name a slide with tissue, or a folder of png, jpg or tif images",
             Self::Unsuited { hint, .. } => hint,
+            Self::Image { source: image::ImageError::Unsupported(_), .. } => {
+                "images of the formats png, jpg, bmp, tif and webp are read: convert it, or leave it out"
+            }
+            Self::DamagedImage { .. } => "copy or export it again, or leave it out",
             Self::Refused { what: "INT8", .. } => "use the TensorRT provider for INT8 on a GPU, or FP16",
             Self::Incomparable { .. } => "compare variants of one model, or models of one task, tile and classes",
             Self::Labels { .. } => {

@@ -1,12 +1,16 @@
 //! Images that are no slides: finding and reading them, cutting them into tiles, and mapping them tile by tile.
 
+mod decode;
+mod jpeg;
+
+use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use image::codecs::png::PngEncoder;
 use image::imageops::{self, FilterType};
-use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageReader, Rgb, RgbImage};
+use image::{DynamicImage, ExtendedColorType, ImageEncoder, Rgb, RgbImage};
 use ndarray::{Axis, s};
 
 use super::ExperimentError;
@@ -16,7 +20,7 @@ use crate::output::OutputError;
 use crate::report::FailedImage;
 
 /// Extensions of images that are read.
-const EXTENSIONS: [&str; 6] = ["png", "jpg", "jpeg", "bmp", "tif", "tiff"];
+const EXTENSIONS: [&str; 7] = ["png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp"];
 
 /// From this probability on a tile or pixel has a class that does not exclude others, as in a run without further settings.
 pub(super) const HALF: f32 = 0.5;
@@ -58,6 +62,11 @@ pub(super) fn is_image(path: &Path) -> bool {
     path.is_file() && extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()))
 }
 
+/// Whether it is a link to nothing.
+pub(super) fn is_dangling(path: &Path) -> bool {
+    path.is_symlink() && !path.exists()
+}
+
 /// The images that lie in a folder itself, sorted by name.
 pub(super) fn in_folder(folder: &Path) -> Result<Vec<PathBuf>, ExperimentError> {
     let wrong = |source| ExperimentError::File { path: folder.to_owned(), doing: "read", source };
@@ -67,16 +76,14 @@ pub(super) fn in_folder(folder: &Path) -> Result<Vec<PathBuf>, ExperimentError> 
     Ok(found)
 }
 
-/// Decodes an image by what is in the file, whatever its name says.
+/// An image as it is stored.
 pub(super) fn open(path: &Path) -> Result<DynamicImage, ExperimentError> {
-    let wrong = |source| ExperimentError::Image { path: path.to_owned(), source };
-    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
-    reader.map_err(|error| wrong(error.into()))?.decode().map_err(wrong)
+    decode::decode(path)
 }
 
-/// An image as RGB.
+/// An image as RGB; what is transparent is white.
 pub(super) fn pixels(path: &Path) -> Result<RgbImage, ExperimentError> {
-    Ok(open(path)?.into_rgb8())
+    Ok(decode::over_white(open(path)?))
 }
 
 /// An image that is one tile.
@@ -89,7 +96,7 @@ pub(super) fn tile(path: &Path, card: &ModelCard, fit: Fit) -> Result<Vec<u8>, E
         Fit::Exact => Err(unsuited(
             path,
             format!("is {width} × {height} px, but the model's tiles are {side} × {side}"),
-            "cut tiles of the model's size, or let images be resized by fit",
+            "cut tiles of the model's size, or use `evaluate --fit resize`",
         )),
     }
 }
@@ -241,7 +248,13 @@ pub(super) fn are_probabilities<'a>(card: &ModelCard, mut scores: impl Iterator<
 
 /// Whether an error says that one image, or its mask, is not as it should be, so that others may go on.
 pub(super) fn is_about_one_image(error: &ExperimentError) -> bool {
-    matches!(error, ExperimentError::Image { .. } | ExperimentError::Unsuited { .. } | ExperimentError::Labels { .. })
+    matches!(
+        error,
+        ExperimentError::Image { .. }
+            | ExperimentError::DamagedImage { .. }
+            | ExperimentError::Unsuited { .. }
+            | ExperimentError::Labels { .. }
+    )
 }
 
 /// That an image has no tile to be classified.
@@ -251,8 +264,8 @@ pub(super) fn too_small(path: &Path, image: &RgbImage, side: u32) -> ExperimentE
     unsuited(path, reason, "give images of the model's resolution, at least as large as its tile")
 }
 
-pub(super) fn unsuited(path: &Path, reason: String, hint: &'static str) -> ExperimentError {
-    ExperimentError::Unsuited { path: path.to_owned(), reason, hint }
+pub(super) fn unsuited(path: &Path, reason: String, hint: impl Into<Cow<'static, str>>) -> ExperimentError {
+    ExperimentError::Unsuited { path: path.to_owned(), reason, hint: hint.into() }
 }
 
 fn other_task(path: &Path) -> ExperimentError {
@@ -411,6 +424,7 @@ mod tests {
         std::fs::create_dir(at("c.png")).unwrap();
         assert_eq!(in_folder(folder.path()).unwrap(), [at("a.tif"), at("b.TIF")]);
         assert_eq!(pixels(&at("b.TIF")).unwrap(), pixels(&at("a.tif")).unwrap());
+        std::fs::write(at("notes.txt"), "no picture").unwrap();
         assert!(matches!(pixels(&at("notes.txt")), Err(ExperimentError::Image { .. })));
     }
 }
