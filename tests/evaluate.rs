@@ -211,7 +211,8 @@ fn one_class_is_held_against_what_is_not_it() {
     let (data, model) = (place.at("data"), red(&place, "classification"));
     evaluate(&place, &data, &model, &[])
         .code(0)
-        .shows(&["not red", "The model has one class: from a probability of 0.5"]);
+        .shows(&["not red", "The model has one class: from a probability of 0.5"])
+        .shows(&["Labels and folders named plain stand for not red."]);
     let record = Json::read(place.at("out/evaluate.json"));
     // From 128 on a tile is red: 90 is missed, 150 taken for it.
     assert_eq!(record["confusion"], serde_json::json!([[2, 1, 0], [1, 3, 0]]));
@@ -259,6 +260,9 @@ fn one_class_is_held_against_what_is_not_it() {
     for (metric, expected) in [("accuracy", 5.0 / 7.0), ("balanced_accuracy", 17.0 / 24.0), ("auc", 0.75)] {
         assert!((value(row, &format!("/{metric}/value/value")) - expected).abs() < 1e-9, "{metric}: {row}");
     }
+    fs::rename(data.join("plain"), data.join("Red")).unwrap();
+    evaluate(&place, &data, &model, &[]).code(2).says(&["\"Red\" differs from \"red\"", "by case alone"]);
+    fs::rename(data.join("Red"), data.join("plain")).unwrap();
     fs::create_dir(data.join("blood")).unwrap();
     evaluate(&place, &data, &model, &[]).code(2).says(&["can't both be what is not \"red\", the model's only class"]);
 }
@@ -340,4 +344,51 @@ fn bad_input_is_told() {
     evaluate(&place, broken.parent().unwrap().parent().unwrap(), &model, &[])
         .code(2)
         .says(&["none of its images can be read"]);
+    RgbImage::new(200, 150).save(&broken).unwrap();
+    evaluate(&place, broken.parent().unwrap().parent().unwrap(), &model, &[]).code(2).says(&[
+        "none of its images can be read",
+        "help: cut tiles of the model's size, or use `evaluate --fit resize`",
+    ]);
+    evaluate(&place, &broken, &model, &[]).code(2).says(&["is neither a folder nor a CSV", "help: give a folder"]);
+}
+
+#[test]
+fn no_result_is_written_over_an_input() {
+    let place = Workplace::new();
+    class_folders(&place);
+    let rows: String = (0..4).map(|index| format!("../data/pale/{index}.png,pale\n")).collect();
+    let labels = place.write("out/predictions.csv", format!("path,label\n{rows}"));
+    let (before, model) = (fs::read(&labels).unwrap(), place.model(Kind::Classifier));
+    evaluate(&place, &labels, &model, &[])
+        .code(2)
+        .says(&["predictions.csv: is an input, and a result would be written over it"]);
+    assert_eq!(fs::read(&labels).unwrap(), before);
+    fs::rename(&labels, place.at("out/labels.csv")).unwrap();
+    for _ in 0..2 {
+        evaluate(&place, &place.at("out/labels.csv"), &model, &[]).code(0);
+    }
+}
+
+#[test]
+fn a_folder_that_takes_no_results_is_found_before_the_work() {
+    let place = Workplace::new();
+    class_folders(&place);
+    place.write("out", "");
+    let refused = evaluate(&place, &place.at("data"), &place.model(Kind::Classifier), &[]).code(1);
+    assert!(!refused.stderr.contains("predicting"), "{}", refused.stderr);
+    refused.says(&["out: can't be written", "is in the way"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn links_to_nothing_are_listed_and_other_files_counted() {
+    let place = Workplace::new();
+    class_folders(&place);
+    std::os::unix::fs::symlink("none", place.at("data/pale/gone.png")).unwrap();
+    place.write("data/pale/notes.txt", "");
+    evaluate(&place, &place.at("data"), &place.model(Kind::Classifier), &[])
+        .code(3)
+        .shows(&["8 predicted, 1 not read", "or webp were left out: 1 (1 txt)."])
+        .says(&["gone.png: is a link to a file that is not there"]);
+    assert_eq!(Json::read(place.at("out/evaluate.json"))["skipped"], serde_json::json!({ "txt": 1 }));
 }

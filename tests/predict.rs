@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::fs;
 use std::path::Path;
 
 use image::{DynamicImage, Rgb, RgbImage};
@@ -87,18 +88,20 @@ fn a_folder_is_the_mean_of_its_images() {
     std::fs::create_dir(place.at("in")).unwrap();
     mosaic(&[GREEN, GREEN, MAGENTA], 3, 0).save(place.at("in/a.bmp")).unwrap();
     mosaic(&[MAGENTA], 1, 0).save(place.at("in/b.tif")).unwrap();
-    // With an alpha channel, which is left out.
+    // With an alpha channel, and opaque.
     DynamicImage::from(mosaic(&[MAGENTA], 1, 0)).into_rgba8().save(place.at("in/c.PNG")).unwrap();
     place.write("in/d.jpg", "no picture");
     RgbImage::new(TILE, TILE - 1).save(place.at("in/e.png")).unwrap();
-    place.write("in/notes.txt", "no image, and not listed");
+    place.write("in/notes.txt", "no image, and counted");
+    place.write("in/f.gif", "GIF89a");
     let out = place.at("out");
     let finished = predict(&place, &["in"], &place.model(Kind::Classifier), &["--out", out.to_str().unwrap()])
         .code(3)
-        .shows(&["a.bmp", "c.PNG", "3 images"])
+        .shows(&["a.bmp", "c.PNG", "3 images", "or webp were left out: 2 (1 gif, 1 txt)."])
         .says(&["not predicted: ", "d.jpg: is no image that can be read", "e.png: is 128 × 127 px, less than a tile"]);
     assert!(!finished.stderr.contains("notes.txt"));
     let record = Json::read(out.join("predict.json"));
+    assert_eq!(record["skipped"], serde_json::json!({ "gif": 1, "txt": 1 }));
     let names: Vec<_> =
         record["images"].as_array().unwrap().iter().map(|image| image["path"].as_str().unwrap()).collect();
     assert!(names[0].ends_with("a.bmp") && names[1].ends_with("b.tif") && names[2].ends_with("c.PNG"), "{names:?}");
@@ -211,10 +214,98 @@ fn what_is_no_image_is_refused() {
     predict(&place, &["none.png"], &model, &[]).code(1).says(&["not predicted: ", "none.png"]);
     std::fs::create_dir(place.at("empty")).unwrap();
     predict(&place, &["empty"], &model, &[]).code(2).says(&["holds no png, jpg"]);
+    let png = place.write("a.png", [0x89]);
+    predict(&place, &["a.png"], &png, &[]).code(1).says(&["neither a model's card nor an .onnx file", "help: name a"]);
     RgbImage::new(TILE, TILE).save(place.at("black.png")).unwrap();
     predict(&place, &["black.png"], &place.model(Kind::Features), &[]).code(2).says(&["gives features"]);
     predict(&place, &["black.png"], &place.model(Kind::NotFinite), &[])
         .code(1)
         .says(&["gives no number for its tile at 0, 0"]);
     predict(&place, &["black.png"], &model, &["--variant", "int9"]).code(1).says(&["has no variant \"int9\""]);
+}
+
+#[test]
+fn no_result_is_written_over_an_input() {
+    let place = Workplace::new();
+    let model = place.model(Kind::Segmentation);
+    for name in ["a.png", "a.mask.png"] {
+        RgbImage::from_pixel(TILE, TILE, Rgb([250, 2, 3])).save(place.at(name)).unwrap();
+    }
+    let before = fs::read(place.at("a.mask.png")).unwrap();
+    // Whatever the folder is called.
+    for out in [".", "none/.."] {
+        predict(&place, &["a.png", "a.mask.png"], &model, &["--out", out])
+            .code(2)
+            .says(&["a.mask.png: is an input, and a result would be written over it", "choose another folder"]);
+    }
+    assert_eq!(fs::read(place.at("a.mask.png")).unwrap(), before);
+    fs::create_dir(place.at("in")).unwrap();
+    fs::rename(place.at("a.png"), place.at("in/a.png")).unwrap();
+    predict(&place, &["in"], &model, &["--out", "none/../in"]).code(2).says(&["is the folder of the images"]);
+    // What an earlier run left is no input.
+    for _ in 0..2 {
+        predict(&place, &["in/a.png"], &model, &["--out", "in"]).code(0);
+    }
+    let names = ["a.png", "a.mask.png", "a.overlay.png"];
+    let all: Vec<String> = names.iter().map(|name| format!("in/{name}")).collect();
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    predict(&place, &all, &model, &["--out", "in"]).code(2).says(&["a.mask.png: is an input"]);
+    assert!(!place.at("in/a.mask.mask.png").exists());
+    predict(&place, &["in/a.png", "in"], &model, &["--out", "out"]).code(2).says(&["is the same image as"]);
+}
+
+#[test]
+fn a_folder_that_takes_no_results_is_found_before_the_work() {
+    let place = Workplace::new();
+    mosaic(&[GREEN], 1, 0).save(place.at("a.png")).unwrap();
+    place.write("file", "");
+    let refused = predict(&place, &["a.png"], &place.model(Kind::Classifier), &["--out", "file"]).code(1);
+    assert!(!refused.stderr.contains("predicting"), "{}", refused.stderr);
+    refused.says(&["file: can't be written", "is in the way"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn what_cant_be_written_in_the_end_is_told_nevertheless() {
+    let place = Workplace::new();
+    mosaic(&[GREEN], 1, 0).save(place.at("a.png")).unwrap();
+    // As if the disk were full: files can be made, but not filled.
+    let mut command = std::process::Command::new("sh");
+    command.current_dir(place.at("")).args(["-c", "trap '' XFSZ; ulimit -f 0; exec \"$0\" \"$@\""]);
+    command.arg(env!("CARGO_BIN_EXE_slidestream")).args(["predict", "a.png", "--device", "cpu", "--out", "out"]);
+    let output = command.arg("--model").arg(place.model(Kind::Classifier)).output().unwrap();
+    let [shown, said] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(shown.contains("pale") && said.contains("predict.json: can't be written"), "{shown}{said}");
+}
+
+#[test]
+fn damaged_images_and_links_to_nothing_are_failed() {
+    let place = Workplace::new();
+    fs::create_dir(place.at("in")).unwrap();
+    let noise = |x: u32, y: u32| Rgb([(x * 7 % 251).to_le_bytes()[0], (y * 5 % 241).to_le_bytes()[0], 90]);
+    RgbImage::from_fn(TILE, TILE, noise).save(place.at("in/a.jpg")).unwrap();
+    let whole = fs::read(place.at("in/a.jpg")).unwrap();
+    place.write("in/b.jpg", &whole[..whole.len() * 9 / 10]);
+    let mut listed = 1;
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("none", place.at("in/c.png")).unwrap();
+        listed += 1;
+    }
+    let finished = predict(&place, &["in"], &place.model(Kind::Classifier), &["--json"]).code(3);
+    let record = json(&finished);
+    assert_eq!((record["images"].as_array().unwrap().len(), record["failed"].as_array().unwrap().len()), (1, listed));
+    finished.says(&["b.jpg: is damaged: its data end early", "c.png: is a link to a file that is not there"]);
+}
+
+#[test]
+fn transparency_is_white() {
+    let place = Workplace::new();
+    image::RgbaImage::new(TILE, TILE).save(place.at("a.png")).unwrap();
+    mosaic(&[[255; 3]], 1, 0).save(place.at("b.webp")).unwrap();
+    let record = json(&predict(&place, &["a.png", "b.webp"], &place.model(Kind::Classifier), &["--json"]).code(0));
+    for index in 0..2 {
+        assert_close(&record["images"][index]["classes"][0]["probability"], of([255; 3])[0]);
+    }
 }

@@ -5,11 +5,12 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use slidestream::engine::cohort;
-use slidestream::experiment::evaluate::{self, EvaluateRequest, Fit};
+use slidestream::experiment::evaluate::{self, EvaluateRequest, FILES, Fit};
 use slidestream::native;
 use slidestream::output::write_atomic;
 use slidestream::report::{
-    EVALUATE_SCHEMA, EvaluateRecord, FigureRecord, evaluate_html, predictions_csv, start_in_words, to_json,
+    EVALUATE_SCHEMA, EvaluateRecord, FigureRecord, SampleRecord, evaluate_html, predictions_csv, start_in_words,
+    to_json,
 };
 
 use super::options::{PredictorArgs, batch_size};
@@ -19,8 +20,8 @@ use super::{Failure, Outcome, columns, prepare, say, show, table};
 const LABELS: &str = "\
 Labels and folders have the names of classes; the values of a mask are indices of classes, or 255
 for what has no label. Of a model with one class, 1 is that class too, and one other name, whatever
-it is, such as normal or 0, stands for what is not it; a mask has 1 or 255 where the class is, and
-0 elsewhere.";
+it is, such as normal or 0, stands for what is not it, and is told; a mask has 1 or 255 where the class is, and
+0 elsewhere. No image may be labelled twice.";
 
 /// Writes evaluate.json, evaluate.html and predictions.csv; exit code 3 if images can't be read
 #[derive(clap::Args, Debug)]
@@ -56,6 +57,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         labels: args.labels.clone(),
         options: args.predictor.options(args.batch_size),
         fit: args.fit,
+        out: args.out.clone().unwrap_or_else(|| prepare::beside(&args.predictor.model, "evaluate")),
     };
     let mut talk = |line: &str| {
         if !args.quiet {
@@ -68,28 +70,33 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         account: prepare::account(started),
         found: evaluation.found,
     };
-    let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.predictor.model, "evaluate"));
-    let predictions = predictions_csv(&record.found.model, &evaluation.samples).map_err(|error| Failure {
-        message: error.to_string(),
-        hint: None,
-        code: 1,
-    })?;
-    write_atomic(&out.join("predictions.csv"), &predictions)?;
-    write_atomic(&out.join("evaluate.html"), evaluate_html(&record).as_bytes())?;
-    write_atomic(&out.join("evaluate.json"), &to_json(&record))?;
+    let written = write(&record, &evaluation.samples, &request.out);
     if args.json {
         show(&String::from_utf8_lossy(&to_json(&record)));
     } else {
-        show(&summary(&record, &out));
+        show(&summary(&record, written.as_ref().map_or(&[], Vec::as_slice)));
     }
     for failed in &record.found.failed {
         say(&format!("not read: {}: {}", failed.path, failed.reason));
         failed.hint.iter().for_each(|hint| say(&format!("help: {hint}")));
     }
+    // Only now: what was found is not lost with a disk that is full.
+    written?;
     Ok(if record.found.failed.is_empty() { Outcome::Done } else { Outcome::Partly })
 }
 
-fn summary(record: &EvaluateRecord, out: &Path) -> String {
+/// Writes the files, which are returned.
+fn write(record: &EvaluateRecord, samples: &[SampleRecord], out: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let [page, json, table] = FILES.map(|name| out.join(name));
+    let predictions = predictions_csv(&record.found.model, samples);
+    let predictions = predictions.map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
+    write_atomic(&table, &predictions)?;
+    write_atomic(&page, evaluate_html(record).as_bytes())?;
+    write_atomic(&json, &to_json(record))?;
+    Ok(vec![page, json, table])
+}
+
+fn summary(record: &EvaluateRecord, written: &[PathBuf]) -> String {
     let found = &record.found;
     let is_map = found.is_map();
     let figures = found.figures.named(is_map).into_iter().map(|(name, figure)| {
@@ -131,8 +138,8 @@ fn summary(record: &EvaluateRecord, out: &Path) -> String {
     for note in &found.notes {
         writeln!(text, "{note}").ok();
     }
-    for file in ["evaluate.html", "evaluate.json", "predictions.csv"] {
-        writeln!(text, "{}", out.join(file).display()).ok();
+    for file in written {
+        writeln!(text, "{}", file.display()).ok();
     }
     text
 }

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use slidestream::engine::cohort;
-use slidestream::experiment::predict::{self, PredictRequest};
+use slidestream::experiment::predict::{self, FILE, PredictRequest, Predictions};
 use slidestream::native;
 use slidestream::output::write_atomic;
 use slidestream::report::{
@@ -21,7 +21,7 @@ const MOST_COLUMNS: usize = 6;
 /// The class of each image by the mean over its tiles; of a segmentation its mask and overlay
 #[derive(clap::Args, Debug)]
 pub(super) struct Args {
-    /// Images (png, jpg, jpeg, bmp, tif, tiff), and folders whose own images are taken; at the model's resolution
+    /// Images (png, jpg, bmp, tif, webp), each once, and folders whose own images are taken; at the model's resolution
     #[arg(required = true, value_name = "IMAGE|DIR")]
     paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -58,11 +58,9 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
             say(line);
         }
     };
-    let found = predict::predict(&request, &mut talk)?;
+    let Predictions { found, unwritten } = predict::predict(&request, &mut talk)?;
     let record = PredictRecord { schema: PREDICT_SCHEMA.to_owned(), account: prepare::account(started), found };
-    if let Some(out) = &args.out {
-        write_atomic(&out.join("predict.json"), &to_json(&record))?;
-    }
+    let written = args.out.as_ref().map_or(Ok(()), |out| write_atomic(&out.join(FILE), &to_json(&record)).map(drop));
     if args.json {
         show(&String::from_utf8_lossy(&to_json(&record)));
     } else {
@@ -72,6 +70,11 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         say(&format!("not predicted: {}: {}", failed.path, failed.reason));
         failed.hint.iter().for_each(|hint| say(&format!("help: {hint}")));
     }
+    // Only now: what was found is not lost with a disk that is full.
+    if let Some(error) = unwritten {
+        return Err(error.into());
+    }
+    written?;
     let failed = record.found.failed.len();
     Ok(Outcome::of(failed, failed + record.found.images.len()))
 }
@@ -106,7 +109,7 @@ fn image_row(image: &ImageRecord, shows_path: bool, is_map: bool, shown: usize) 
     if is_map {
         row.push(image.pixels().to_string());
     } else {
-        row.extend(label(image.label.as_deref(), image.confidence));
+        row.extend(label(image.label.as_deref(), image.confidence, &image.classes));
         row.push(format!("{} of {}", image.tiles.len(), image.grid_tiles));
     }
     row.extend(shares(&image.classes[..shown], image.pixels(), is_map));
@@ -119,7 +122,7 @@ fn folder_row(folder: &FolderRecord, is_map: bool, shown: usize) -> Vec<String> 
     if is_map {
         row.push(images);
     } else {
-        row.extend(label(folder.label.as_deref(), folder.confidence));
+        row.extend(label(folder.label.as_deref(), folder.confidence, &folder.classes));
         row.push(images);
     }
     match folder.classes.get(..shown) {
@@ -129,9 +132,13 @@ fn folder_row(folder: &FolderRecord, is_map: bool, shown: usize) -> Vec<String> 
     row
 }
 
-fn label(label: Option<&str>, confidence: Option<f64>) -> [String; 2] {
-    let confidence = confidence.map_or_else(|| "–".to_owned(), |confidence| format!("{confidence:.3}"));
-    [label.unwrap_or("–").to_owned(), confidence]
+/// The class and its probability; where a model's only class has less than one half, that it is not this class.
+fn label(label: Option<&str>, confidence: Option<f64>, classes: &[ImageClass]) -> [String; 2] {
+    match (label, confidence, classes) {
+        (Some(label), Some(confidence), _) => [label.to_owned(), format!("{confidence:.3}")],
+        (None, _, [only]) => [format!("not {}", only.class), format!("{:.3}", 1.0 - only.probability)],
+        _ => ["–".to_owned(), "–".to_owned()],
+    }
 }
 
 /// Of a classifier the mean probability and how many tiles or images have the class, of a map its share of all pixels,
@@ -181,6 +188,16 @@ fn counted(count: u64, what: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_one_class_it_is_said_what_is_not_it() {
+        let class = |name: &str, probability| ImageClass { class: name.to_owned(), count: 0, probability };
+        let only = [class("tumour", 0.25)];
+        assert_eq!(label(None, None, &only), ["not tumour", "0.750"]);
+        assert_eq!(label(Some("tumour"), Some(0.9), &only), ["tumour", "0.900"]);
+        // A folder in which no image could be read.
+        assert_eq!(label(None, None, &[]), ["–", "–"]);
+    }
 
     #[test]
     fn shares_of_a_map_are_of_all_its_pixels() {

@@ -4,6 +4,7 @@ mod decode;
 mod jpeg;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -56,10 +57,10 @@ impl FromStr for Fit {
     }
 }
 
-/// Whether it is a file with an image's extension.
+/// Whether it is a file with an image's extension, or was: a link to nothing is an image that can't be read.
 pub(super) fn is_image(path: &Path) -> bool {
     let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-    path.is_file() && extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()))
+    extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str())) && (path.is_file() || is_dangling(path))
 }
 
 /// Whether it is a link to nothing.
@@ -67,13 +68,49 @@ pub(super) fn is_dangling(path: &Path) -> bool {
     path.is_symlink() && !path.exists()
 }
 
-/// The images that lie in a folder itself, sorted by name.
-pub(super) fn in_folder(folder: &Path) -> Result<Vec<PathBuf>, ExperimentError> {
+/// What lies in a folder itself, sorted by name.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Listing {
+    pub(super) images: Vec<PathBuf>,
+    /// Files that are no images.
+    pub(super) others: Vec<PathBuf>,
+}
+
+/// Lists a folder, but not the folders in it.
+pub(super) fn in_folder(folder: &Path) -> Result<Listing, ExperimentError> {
     let wrong = |source| ExperimentError::File { path: folder.to_owned(), doing: "read", source };
     let entries: Vec<_> = std::fs::read_dir(folder).map_err(wrong)?.collect::<Result<_, _>>().map_err(wrong)?;
-    let mut found: Vec<PathBuf> = entries.iter().map(std::fs::DirEntry::path).filter(|path| is_image(path)).collect();
-    found.sort();
-    Ok(found)
+    let mut files: Vec<PathBuf> = entries.iter().map(std::fs::DirEntry::path).filter(|path| !path.is_dir()).collect();
+    files.sort();
+    let (images, others) = files.into_iter().partition(|path| is_image(path));
+    Ok(Listing { images, others })
+}
+
+/// How many files there are of each extension, in lower case; of none it is empty.
+pub(super) fn by_extension(files: &[PathBuf]) -> BTreeMap<String, u64> {
+    let mut counts = BTreeMap::new();
+    for file in files {
+        let extension = file.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        *counts.entry(extension).or_default() += 1;
+    }
+    counts
+}
+
+/// What is said of files that are no images; `None` of none.
+pub(super) fn about_others(by_extension: &BTreeMap<String, u64>) -> Option<String> {
+    let total: u64 = by_extension.values().sum();
+    let kind = |(extension, count): (&String, &u64)| match extension.as_str() {
+        "" => format!("{count} without extension"),
+        extension => format!("{count} {extension}"),
+    };
+    let kinds = by_extension.iter().map(kind).collect::<Vec<_>>().join(", ");
+    (total > 0).then(|| format!("Files that are not {} were left out: {total} ({kinds}).", extensions()))
+}
+
+/// The extensions of images, in words.
+pub(super) fn extensions() -> String {
+    let [others @ .., last] = &EXTENSIONS;
+    format!("{} or {last}", others.join(", "))
 }
 
 /// An image as it is stored.
@@ -421,10 +458,33 @@ mod tests {
         std::fs::rename(at("b.png"), at("b.TIF")).unwrap();
         gradient(4, 4).save(at("a.tif")).unwrap();
         std::fs::write(at("notes.txt"), "").unwrap();
+        std::fs::write(at("MORE.TXT"), "").unwrap();
+        std::fs::write(at("Makefile"), "").unwrap();
         std::fs::create_dir(at("c.png")).unwrap();
-        assert_eq!(in_folder(folder.path()).unwrap(), [at("a.tif"), at("b.TIF")]);
+        let found = in_folder(folder.path()).unwrap();
+        assert_eq!(found.images, [at("a.tif"), at("b.TIF")]);
+        let told = about_others(&by_extension(&found.others)).unwrap();
+        assert_eq!(
+            told,
+            "Files that are not png, jpg, jpeg, bmp, tif, tiff or webp were left out: 3 (1 without extension, 2 txt)."
+        );
+        assert_eq!(about_others(&by_extension(&[])), None);
         assert_eq!(pixels(&at("b.TIF")).unwrap(), pixels(&at("a.tif")).unwrap());
         std::fs::write(at("notes.txt"), "no picture").unwrap();
         assert!(matches!(pixels(&at("notes.txt")), Err(ExperimentError::Image { .. })));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_nothing_is_an_image_by_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a.png", "b.txt"] {
+            std::os::unix::fs::symlink("none", folder.path().join(name)).unwrap();
+        }
+        let found = in_folder(folder.path()).unwrap();
+        assert_eq!(
+            (found.images, found.others),
+            (vec![folder.path().join("a.png")], vec![folder.path().join("b.txt")])
+        );
     }
 }

@@ -1,12 +1,13 @@
 //! Reads labelled images: a folder with a folder per class, or a table of images with their classes or masks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use image::DynamicImage;
 use walkdir::WalkDir;
 
-use super::{ExperimentError, images, one_class};
+use super::{ExperimentError, images, one_class, results};
 use crate::engine::inputs::{csv_line, csv_problem};
 use crate::inference::{ModelCard, Task};
 
@@ -21,7 +22,9 @@ pub(super) struct Labelled {
     /// Names of the groups; empty if each image is its own.
     pub(super) group_names: Vec<String>,
     /// Files in class folders that are no images.
-    pub(super) others: Vec<String>,
+    pub(super) others: Vec<PathBuf>,
+    /// Of a model with one class the name that stands for what is not it, if one does.
+    pub(super) not: Option<String>,
 }
 
 /// One image.
@@ -65,6 +68,15 @@ impl Labelled {
     pub(super) fn images(&self) -> Vec<PathBuf> {
         self.items.iter().map(|item| item.image.clone()).collect()
     }
+
+    /// Every file that is read: images, masks and the table, or the folder.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let masks = self.items.iter().filter_map(|item| match &item.truth {
+            Truth::Mask(path) | Truth::Region(path) => Some(path.clone()),
+            Truth::Class(_) => None,
+        });
+        self.images().into_iter().chain(masks).chain([self.path.clone()]).collect()
+    }
 }
 
 /// Reads the labels for a model of that card; images are looked at when they are needed.
@@ -73,16 +85,15 @@ pub(super) fn read(path: &Path, card: &ModelCard) -> Result<Labelled, Experiment
     if card.task == Task::Features {
         return wrong("features have no classes to hold against labels");
     }
-    let (items, group_names, others) = if path.is_dir() {
+    let found = if path.is_dir() {
         if card.task == Task::Segmentation {
             return wrong("a folder per class has no masks; a segmentation needs a CSV with the columns path,mask");
         }
-        let (items, others) = folder(path, card)?;
-        (items, Vec::new(), others)
+        folder(path, card)?
     } else {
-        let (items, names) = table(path, card)?;
-        (items, names, Vec::new())
+        table(path, card)?
     };
+    let items = &found.items;
     if items.is_empty() {
         return wrong("holds no labelled image");
     }
@@ -90,8 +101,7 @@ pub(super) fn read(path: &Path, card: &ModelCard) -> Result<Labelled, Experiment
     if card.task == Task::Classification && one_class::is_alone(card) && !items.iter().any(is_of_first) {
         return wrong(&format!("no image is labelled {:?}, the model's only class", card.classes[0].name));
     }
-    let groups = items.iter().map(|item| item.group + 1).max().unwrap_or(0);
-    Ok(Labelled { path: path.to_owned(), items, groups, group_names, others })
+    Ok(found)
 }
 
 /// A mask with only indices below `classes` and 255 in it.
@@ -134,8 +144,9 @@ fn grey(path: &Path, size: (u32, u32)) -> Result<Vec<u8>, ExperimentError> {
 }
 
 /// The images of class folders, each its own group, and what lies there and is no image.
-fn folder(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), ExperimentError> {
-    let (mut items, mut others, mut names) = (Vec::new(), Vec::new(), Names::new(card));
+fn folder(path: &Path, card: &ModelCard) -> Result<Labelled, ExperimentError> {
+    let (mut items, mut others, mut names) = (Vec::<Item>::new(), Vec::new(), Names::new(card));
+    let mut seen: HashMap<PathBuf, PathBuf> = HashMap::new();
     for entry in entries(path, 1) {
         let entry = entry?;
         if images::is_image(entry.path()) {
@@ -147,15 +158,24 @@ fn folder(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), Exp
         let name = entry.file_name().to_string_lossy().into_owned();
         let class = names.class(&name).map_err(|reason| labels_error(entry.path(), reason))?;
         for file in entries(entry.path(), usize::MAX) {
-            let file = file?;
-            if images::is_image(file.path()) {
-                items.push(Item { image: file.into_path(), truth: Truth::Class(class), group: items.len() });
-            } else if !file.file_type().is_dir() {
-                others.push(file.path().strip_prefix(path).unwrap_or(file.path()).display().to_string());
+            // A link to nothing is no entry, but an image that can't be read, or another file.
+            let (file, is_folder) = match file {
+                Ok(file) => (file.path().to_owned(), file.file_type().is_dir()),
+                Err(ExperimentError::File { path, .. }) if images::is_dangling(&path) => (path, false),
+                Err(error) => return Err(error),
+            };
+            if images::is_image(&file) {
+                if let Some(first) = seen.insert(results::resolved(&file), file.clone()) {
+                    return Err(labels_error(&file, format!("is the same image as {}", first.display())));
+                }
+                items.push(Item { image: file, truth: Truth::Class(class), group: items.len() });
+            } else if !is_folder {
+                others.push(file);
             }
         }
     }
-    Ok((items, others))
+    let (path, groups, group_names) = (path.to_owned(), items.len(), Vec::new());
+    Ok(Labelled { path, items, groups, group_names, others, not: names.not })
 }
 
 /// What lies in a folder, by name; links are followed.
@@ -171,52 +191,86 @@ fn entries(folder: &Path, depth: usize) -> impl Iterator<Item = Result<walkdir::
     })
 }
 
-/// The items of a table, and the names of its groups. Paths are below the table's folder.
-fn table(path: &Path, card: &ModelCard) -> Result<(Vec<Item>, Vec<String>), ExperimentError> {
-    let unreadable = |source| ExperimentError::File { path: path.to_owned(), doing: "read", source };
-    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+/// The images of a table. Paths are below the table's folder.
+fn table(path: &Path, card: &ModelCard) -> Result<Labelled, ExperimentError> {
+    let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
+        io::ErrorKind::InvalidData => labels_error(path, "is neither a folder nor a CSV in UTF-8".to_owned()),
+        _ => ExperimentError::File { path: path.to_owned(), doing: "read", source },
+    })?;
     let broken = |error: csv::Error| labels_error(path, csv_problem(&text, &error));
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(text.as_bytes());
     let headers = reader.headers().map_err(broken)?.clone();
-    let column = |name: &str| headers.iter().position(|header| header.eq_ignore_ascii_case(name));
-    let wanted = if card.task == Task::Segmentation { "mask" } else { "label" };
-    let (Some(image), Some(truth)) = (column("image").or(column("path")), column(wanted)) else {
-        let found = headers.iter().collect::<Vec<_>>().join(", ");
-        return Err(labels_error(path, format!("needs the columns path and {wanted}, and has: {found}")));
-    };
-    let group = column("group");
+    let columns = Columns::of(&headers, card).map_err(|reason| labels_error(path, reason))?;
     let folder = path.parent().unwrap_or(Path::new(""));
-    let mut groups: BTreeMap<String, usize> = BTreeMap::new();
+    let mut group_numbers: BTreeMap<String, usize> = BTreeMap::new();
     let mut names = Names::new(card);
-    let mut items = Vec::new();
+    let mut items: Vec<Item> = Vec::new();
+    let mut seen: HashMap<PathBuf, (u64, Truth)> = HashMap::new();
     for record in reader.records() {
         let record = record.map_err(broken)?;
         let line = || csv_line(&text, record.position());
+        let problem = |reason: String| labels_error(path, format!("line {}: {reason}", line()));
         let field = |index: usize| record.get(index).unwrap_or_default();
         let below = |name: &str| {
             let file = folder.join(name);
-            let reason = || format!("line {}: {name:?} is no file", line());
-            if file.is_file() { Ok(file) } else { Err(labels_error(path, reason())) }
+            if file.is_file() { Ok(file) } else { Err(problem(format!("{name:?} is no file"))) }
         };
-        let image = below(field(image))?;
+        let image = below(field(columns.image))?;
         let truth = match card.task {
-            Task::Segmentation if one_class::is_alone(card) => Truth::Region(below(field(truth))?),
-            Task::Segmentation => Truth::Mask(below(field(truth))?),
-            _ => {
-                let class = names.class(field(truth));
-                Truth::Class(class.map_err(|reason| labels_error(path, format!("line {}: {reason}", line())))?)
+            Task::Segmentation if one_class::is_alone(card) => Truth::Region(below(field(columns.truth))?),
+            Task::Segmentation => Truth::Mask(below(field(columns.truth))?),
+            _ => Truth::Class(names.class(field(columns.truth)).map_err(problem)?),
+        };
+        if let Some((first, other)) = seen.insert(results::resolved(&image), (line(), truth.clone())) {
+            // Counted twice, it would make the intervals too narrow.
+            let how = if other == truth { "the same" } else { "another" };
+            let name = field(columns.image);
+            return Err(problem(format!(
+                "{name:?} is the image of line {first} again, with {how} {}",
+                columns.of_truth
+            )));
+        }
+        if columns.group.is_some_and(|column| field(column).is_empty()) {
+            return Err(problem("has no group".to_owned()));
+        }
+        let next = group_numbers.len();
+        let group = columns.group.map(|group| *group_numbers.entry(field(group).to_owned()).or_insert(next));
+        items.push(Item { image, truth, group: group.unwrap_or(items.len()) });
+    }
+    let groups = if columns.group.is_some() { group_numbers.len() } else { items.len() };
+    let mut group_names = vec![String::new(); group_numbers.len()];
+    group_numbers.into_iter().for_each(|(name, index)| group_names[index] = name);
+    Ok(Labelled { path: path.to_owned(), items, groups, group_names, others: Vec::new(), not: names.not })
+}
+
+/// Where a table has what.
+struct Columns {
+    image: usize,
+    truth: usize,
+    /// `label` or `mask`.
+    of_truth: &'static str,
+    group: Option<usize>,
+}
+
+impl Columns {
+    fn of(headers: &csv::StringRecord, card: &ModelCard) -> Result<Self, String> {
+        let of_truth = if card.task == Task::Segmentation { "mask" } else { "label" };
+        let column = |names: &[&str]| {
+            let is_one = |header: &&str| names.iter().any(|name| header.eq_ignore_ascii_case(name));
+            let found: Vec<&str> = headers.iter().filter(is_one).collect();
+            match found.len() {
+                0 | 1 => Ok(headers.iter().position(|header| is_one(&header))),
+                _ => Err(format!("has {} columns for the {}: {}", found.len(), names[0], found.join(", "))),
             }
         };
-        if group.is_some_and(|column| field(column).is_empty()) {
-            return Err(labels_error(path, format!("line {}: has no group", line())));
+        match (column(&["image", "path"])?, column(&[of_truth])?, column(&["group"])?) {
+            (Some(image), Some(truth), group) => Ok(Self { image, truth, of_truth, group }),
+            _ => {
+                let found = headers.iter().collect::<Vec<_>>().join(", ");
+                Err(format!("needs the columns path and {of_truth}, and has: {found}"))
+            }
         }
-        let next = groups.len();
-        let group = group.map_or(items.len(), |group| *groups.entry(field(group).to_owned()).or_insert(next));
-        items.push(Item { image, truth, group });
     }
-    let mut group_names = vec![String::new(); groups.len()];
-    groups.into_iter().for_each(|(name, index)| group_names[index] = name);
-    Ok((items, group_names))
 }
 
 /// Which classes the names of labels stand for.
@@ -253,6 +307,11 @@ impl<'a> Names<'a> {
         // A class may itself be called 0, and then 1 is the other one.
         if name == "1" && only != "0" {
             return Ok(0);
+        }
+        if name.to_lowercase() == only.to_lowercase() {
+            return Err(format!(
+                "{name:?} differs from {only:?}, the model's only class, by case alone: write it alike"
+            ));
         }
         let not = self.not.get_or_insert_with(|| name.to_owned());
         if not == name {
@@ -298,7 +357,7 @@ mod tests {
         let items: Vec<_> = found.items.iter().map(|item| (item.truth.clone(), item.group)).collect();
         assert_eq!(items, [(Truth::Class(0), 0), (Truth::Class(2), 1), (Truth::Class(2), 2)]);
         assert!(found.items[1].image.ends_with("stroma/a.png") && !found.has_groups());
-        assert_eq!(found.others, ["stroma/notes.txt"]);
+        assert_eq!(found.others, [folder.path().join("stroma/notes.txt")]);
         picture(&folder.path().join("d.png"));
         assert!(reason(read(folder.path(), &card("cells-vit"))).contains("d.png: lies in the folder of no class"));
         fs::remove_file(folder.path().join("d.png")).unwrap();
@@ -320,10 +379,30 @@ mod tests {
         assert_eq!(found.items.iter().map(|item| item.truth.clone()).collect::<Vec<_>>(), [Truth::Class(2)]);
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn links_to_nothing_are_images_or_other_files_and_none_is_labelled_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        picture(&at("stroma/a.png"));
+        for name in ["stroma/b.png", "stroma/c.txt"] {
+            std::os::unix::fs::symlink("none", at(name)).unwrap();
+        }
+        let found = read(folder.path(), &card("cells-vit")).unwrap();
+        assert_eq!(
+            (found.images(), found.others),
+            (vec![at("stroma/a.png"), at("stroma/b.png")], vec![at("stroma/c.txt")])
+        );
+        fs::create_dir(at("glass")).unwrap();
+        std::os::unix::fs::symlink(at("stroma/a.png"), at("glass/a.png")).unwrap();
+        let said = reason(read(folder.path(), &card("cells-vit")));
+        assert!(said.contains("stroma/a.png: is the same image as ") && said.ends_with("glass/a.png"), "{said}");
+    }
+
     #[test]
     fn tables_name_images_classes_and_groups() {
         let folder = tempfile::tempdir().unwrap();
-        picture(&folder.path().join("a.png"));
+        ["a.png", "b.png", "c.png"].iter().for_each(|name| picture(&folder.path().join(name)));
         let write = |text: &str| {
             let path = folder.path().join("labels.csv");
             fs::write(&path, text).unwrap();
@@ -331,7 +410,7 @@ mod tests {
         };
         let vit = card("cells-vit");
         let found =
-            read(&write("image,label,group\na.png,glass,p2\na.png, stroma,p1\na.png,stroma,p2\n"), &vit).unwrap();
+            read(&write("image,label,group\na.png,glass,p2\nb.png, stroma,p1\nc.png,stroma,p2\n"), &vit).unwrap();
         assert_eq!(found.items.iter().map(|item| item.group).collect::<Vec<_>>(), [0, 1, 0]);
         assert_eq!(
             (found.groups, found.group_names.join(" "), found.items[1].truth.clone()),
@@ -339,16 +418,29 @@ mod tests {
         );
         for (text, expected) in [
             ("image,class\na.png,glass\n", "needs the columns path and label, and has: image, class"),
-            ("image,label\na.png,glass\nb.png,glass\n", "line 3: \"b.png\" is no file"),
+            ("image,label\na.png,glass\nd.png,glass\n", "line 3: \"d.png\" is no file"),
             ("image,label\na.png,fat\n", "line 2: \"fat\" is none"),
             ("path,label\n", "holds no labelled image"),
-            ("image,label,group\na.png,glass,1\n\na.png,glass,\n", "line 4: has no group"),
+            ("image,label,group\na.png,glass,1\n\nb.png,glass,\n", "line 4: has no group"),
             ("image,label\n\n\na.png\n", "line 4: has 1 columns, the first line 2"),
+            ("path,Image,label\na.png,b.png,glass\n", "has 2 columns for the image: path, Image"),
+            ("path,label,LABEL\na.png,glass,glass\n", "has 2 columns for the label: label, LABEL"),
+            (
+                "path,label\na.png,glass\nb.png,glass\n./a.png,glass\n",
+                "line 4: \"./a.png\" is the image of line 2 again, with the same label",
+            ),
+            (
+                "path,label\na.png,glass\na.png,stroma\n",
+                "line 3: \"a.png\" is the image of line 2 again, with another label",
+            ),
         ] {
             let said = reason(read(&write(text), &vit));
             assert!(said.contains(expected), "{said}");
         }
+        let said = reason(read(&folder.path().join("a.png"), &vit));
+        assert!(said.ends_with("a.png: is neither a folder nor a CSV in UTF-8"), "{said}");
         let masks = read(&write("image,mask\na.png,a.png\n"), &card("cells-unet")).unwrap();
+        assert_eq!(masks.files(), ["a.png", "a.png", "labels.csv"].map(|name| folder.path().join(name)));
         assert!(matches!(&masks.items[0].truth, Truth::Mask(path) if path.ends_with("a.png")));
     }
 
@@ -374,18 +466,24 @@ mod tests {
         assert!(said.contains("\"normal\" and \"blood\" can't both be what is not \"tumour\""), "{said}");
         let write = |labels: &[&str]| {
             let path = folder.path().join("labels.csv");
-            let rows: String = labels.iter().map(|label| format!("tumour/b.png,{label}\n")).collect();
+            let rows: String =
+                labels.iter().enumerate().map(|(index, label)| format!("more/{index}.png,{label}\n")).collect();
             fs::write(&path, format!("path,label\n{rows}")).unwrap();
             path
         };
+        (0..4).for_each(|index| picture(&folder.path().join(format!("more/{index}.png"))));
         let found = read(&write(&["0", "1", "tumour", "0"]), &model).unwrap();
-        assert_eq!(classes(&found), [1, 0, 0, 1].map(Truth::Class));
+        assert_eq!((classes(&found), found.not.as_deref()), ([1, 0, 0, 1].map(Truth::Class).to_vec(), Some("0")));
         let zero = ModelCard { classes: vec![Class { name: "0".to_owned(), color: [0; 3] }], ..model.clone() };
         assert_eq!(classes(&read(&write(&["0", "1"]), &zero).unwrap()), [0, 1].map(Truth::Class));
         for (labels, expected) in [
             (&["tumour", "0", "negative"][..], "line 4: \"negative\" and \"0\" can't both be"),
             (&["tumour", "\"\""], "line 3: \"\" is none of the model's classes: tumour"),
-            (&["Tumour", "Tumour"], "no image is labelled \"tumour\", the model's only class"),
+            (&["normal", "normal"], "no image is labelled \"tumour\", the model's only class"),
+            (
+                &["tumour", "Tumour"],
+                "line 3: \"Tumour\" differs from \"tumour\", the model's only class, by case alone",
+            ),
         ] {
             let said = reason(read(&write(labels), &model));
             assert!(said.contains(expected), "{said}");

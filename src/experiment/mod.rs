@@ -15,6 +15,7 @@ pub mod predict;
 mod probe;
 pub mod race;
 mod resources;
+mod results;
 pub mod simulate;
 pub mod tiles;
 

@@ -42,6 +42,9 @@ pub struct EvaluatedRecord {
     pub not_a_number: u64,
     /// Images or masks that could not be read.
     pub failed: Vec<FailedImage>,
+    /// Files in class folders that are no images, by extension in lower case; left out.
+    #[serde(default)]
+    pub skipped: BTreeMap<String, u64>,
     /// Over all classes.
     pub figures: Figures,
     /// Each class, in the model's order; of a model with one class what is not it follows.

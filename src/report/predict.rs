@@ -1,5 +1,7 @@
 //! What is written down about predicted images, `predict.json`, and how fast a model ran over tiles.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::compare::SummaryRecord;
@@ -38,6 +40,9 @@ pub struct PredictedRecord {
     pub folders: Vec<FolderRecord>,
     /// Images that could not be predicted.
     pub failed: Vec<FailedImage>,
+    /// Files of the folders that are no images, by extension in lower case; left out.
+    #[serde(default)]
+    pub skipped: BTreeMap<String, u64>,
     /// What the reader should know.
     pub notes: Vec<String>,
     /// The model alone; absent if no image could be predicted.

@@ -151,6 +151,7 @@ mod tests {
             groups: 1,
             group_names: Vec::new(),
             others: Vec::new(),
+            not: None,
         };
         let rows = [[0.6, 0.4, 0.0, 0.0], [0.3, 0.7, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0], [f32::NAN; 4]];
         let samples: Vec<Sample> =

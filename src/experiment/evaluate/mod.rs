@@ -15,11 +15,14 @@ use self::predictions::{Predicted, Sample, Segmented};
 pub use super::images::Fit;
 use super::labels::{self, Labelled, Truth};
 use super::pace::{Paced, ran_on};
-use super::{ExperimentError, images, one_class, resources};
+use super::{ExperimentError, images, one_class, resources, results};
 use crate::engine::model_record;
 use crate::inference::{ModelCard, Predictor, PredictorOptions, Task, device};
 use crate::measure::{ClassCounts, Confusion};
 use crate::report::{EvaluatedRecord, PaceRecord, SampleRecord, WorstRecord};
+
+/// The files that are written of an evaluation: the page, the record and the table of predictions.
+pub const FILES: [&str; 3] = ["evaluate.html", "evaluate.json", "predictions.csv"];
 
 /// What is evaluated, and how.
 #[derive(Clone, Debug)]
@@ -32,6 +35,8 @@ pub struct EvaluateRequest {
     pub options: PredictorOptions,
     /// How an image of another size becomes a tile; a map takes any size.
     pub fit: Fit,
+    /// Where [`FILES`] will be written; made and tried before the work.
+    pub out: PathBuf,
 }
 
 /// A model held against labels.
@@ -46,10 +51,13 @@ pub struct Evaluation {
 /// Evaluates; `say` is told what is being done. An image that can't be read is listed, and the others go on.
 ///
 /// # Errors
-/// [`ExperimentError`] if the labels don't fit the model, the model can't be had, or no image can be read.
+/// [`ExperimentError`] if the labels don't fit the model, results can't be written or would be written over an input, the
+/// model can't be had, or no image can be read.
 pub fn evaluate(request: &EvaluateRequest, say: &mut dyn FnMut(&str)) -> Result<Evaluation, ExperimentError> {
     let card = &request.card;
     let labelled = labels::read(&request.labels, card)?;
+    let written = FILES.map(|name| request.out.join(name));
+    results::prepare(&request.out, &written, labelled.files().into_iter().chain(results::of_model(card)))?;
     let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
     let count = labelled.items.len();
     say(&format!(
@@ -149,7 +157,11 @@ fn some_are_left<T>(predicted: &Predicted<T>, labelled: &Labelled) -> Result<(),
     match predicted.failed.first() {
         Some(first) if predicted.images.is_empty() => {
             let reason = format!("none of its images can be read; the first, {}: {}", first.path, first.reason);
-            Err(images::unsuited(&labelled.path, reason, "check the files"))
+            Err(images::unsuited(
+                &labelled.path,
+                reason,
+                first.hint.clone().unwrap_or_else(|| "check the files".to_owned()),
+            ))
         }
         _ => Ok(()),
     }
@@ -172,9 +184,11 @@ fn record<T>(
         let what = if card.task == Task::Segmentation { "pixels" } else { "images" };
         notes.insert(0, format!("For {not_a_number} {what} the model gave no number; they count as wrong."));
     }
-    if let Some(first) = labelled.others.first() {
-        notes.push(format!("{} files in the class folders are no images, such as {first}.", labelled.others.len()));
+    if let (Some(name), [only]) = (&labelled.not, card.classes.as_slice()) {
+        notes.push(format!("Labels and folders named {name} stand for not {}.", only.name));
     }
+    let skipped = images::by_extension(&labelled.others);
+    notes.extend(images::about_others(&skipped));
     EvaluatedRecord {
         model: model_record(card, session.predictor.variant()),
         ran_on: ran_on(&session.predictor),
@@ -184,6 +198,7 @@ fn record<T>(
         items: confusion.items(),
         not_a_number,
         failed: predicted.failed,
+        skipped,
         figures: computed.figures,
         classes: computed.classes,
         confusion: rows(confusion, classes),
@@ -239,6 +254,7 @@ mod tests {
             groups: 5,
             group_names: vec!["p".into()],
             others: Vec::new(),
+            not: None,
         };
         let mut groups = [4, 1, 4, 0];
         let found = number_groups(&labelled, groups.iter_mut());

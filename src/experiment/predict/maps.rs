@@ -1,6 +1,6 @@
 //! The mask and the overlay of an image.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::{GrayImage, RgbImage};
 
@@ -14,6 +14,15 @@ use crate::report::{ImageClass, ImageRecord};
 
 /// A mask's value where there is no class.
 const NO_CLASS: u8 = u8::MAX;
+
+/// The mask and the overlay of an image.
+pub(super) fn files(path: &Path, out: &Path) -> [PathBuf; 2] {
+    ["mask", "overlay"].map(|kind| out.join(format!("{}.{kind}.png", id(path))))
+}
+
+fn id(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
 
 /// Segments an image and writes `ID.mask.png`, whose values are indices of classes and 255 for none, and `ID.overlay.png`.
 /// Of a model with one class the mask is 1 where that is, and 0 elsewhere: `evaluate` takes the masks of both kinds.
@@ -32,13 +41,12 @@ pub(super) fn map(
     }
     let value = |class: Option<usize>| class.and_then(|class| u8::try_from(class).ok()).unwrap_or(NO_CLASS);
     let classes: Vec<u8> = map.class_map().into_iter().map(value).collect();
-    let id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let (mask, overlay) = (out.join(format!("{id}.mask.png")), out.join(format!("{id}.overlay.png")));
+    let [mask, overlay] = files(path, out);
     let values = if card.classes.len() == 1 { after_nothing(&classes) } else { classes.clone() };
     if let Some(picture) = GrayImage::from_raw(map.width, map.height, values) {
         output::write_grey_png(&mask, &picture)?;
     }
-    output::write_png(&overlay, &drawn(&id, image, card, &map, &classes))?;
+    output::write_png(&overlay, &drawn(&id(path), image, card, &map, &classes))?;
     let shares = card.classes.iter().enumerate().map(|(index, class)| ImageClass {
         class: class.name.clone(),
         count: classes.iter().filter(|found| usize::from(**found) == index).count() as u64,

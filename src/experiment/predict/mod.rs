@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use image::RgbImage;
 
 use super::ExperimentError;
-use super::images::{self, decided, failed_image};
+use super::images::{self, Listing, decided, failed_image};
 use super::pace::{Paced, ran_on};
-use crate::engine::model_record;
+use super::results;
+use crate::engine::{EngineError, model_record};
 use crate::inference::{ModelCard, Predictor, PredictorOptions, Task};
 use crate::report::{FolderRecord, ImageClass, ImageRecord, PredictedRecord, TileRecord};
 use crate::slide;
@@ -21,6 +22,9 @@ const SLIDES: [&str; 9] = ["svs", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide"
 
 /// Classes that a mask of bytes has room for beside what is no class.
 const MOST_CLASSES: usize = 255;
+
+/// The record's file.
+pub const FILE: &str = "predict.json";
 
 /// What is predicted, and how.
 #[derive(Clone, Debug)]
@@ -33,15 +37,26 @@ pub struct PredictRequest {
     pub options: PredictorOptions,
     /// Most tiles of an image that a classifier sees, evenly sampled; 0 for all. A map is of all pixels.
     pub max_tiles: usize,
-    /// Where masks and overlays go.
+    /// Where masks and overlays go, and [`FILE`]; made and tried before the work.
     pub out: Option<PathBuf>,
 }
 
-/// Predicts all images; `say` is told what is being done. One that can't be read is listed, and the others go on.
+/// What was predicted.
+#[derive(Debug)]
+pub struct Predictions {
+    /// Of every image, or of those before one whose mask or overlay could not be written.
+    pub found: PredictedRecord,
+    /// Why that one could not be written.
+    pub unwritten: Option<ExperimentError>,
+}
+
+/// Predicts all images; `say` is told what is being done. One that can't be read is listed, and the others go on; one that
+/// can't be written is the last.
 ///
 /// # Errors
-/// [`ExperimentError`] if the model can't be had, a path is a slide, or there is no image.
-pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<PredictedRecord, ExperimentError> {
+/// [`ExperimentError`] if the model can't be had, a path is a slide, there is no image, an image is named twice, or results
+/// can't be written or would be written over an input.
+pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Predictions, ExperimentError> {
     let card = &request.card;
     let found = find(&request.paths)?;
     if card.task == Task::Features {
@@ -61,12 +76,18 @@ pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Pr
             return Err(images::unsuited(&card.path, reason, "use slidestream run with csv"));
         }
         // The second time it would predict its own masks and overlays.
-        let is_input = |group: &Group| same_folder(group.folder.as_deref(), out);
-        if let Some(folder) = found.iter().find(|group| is_input(group)).and_then(|group| group.folder.as_deref()) {
+        let is_out = |folder: &&Path| out.is_some_and(|out| results::resolved(out) == results::resolved(folder));
+        if let Some(folder) = found.iter().filter_map(|group| group.folder.as_deref()).find(is_out) {
             let reason = "is the folder of the images: masks and overlays would be images of it too".to_owned();
             return Err(images::unsuited(folder, reason, "choose another folder with out"));
         }
         no_name_twice(found.iter().flat_map(|group| &group.images))?;
+    }
+    if let Some(out) = out {
+        let images = || found.iter().flat_map(|group| &group.images);
+        let maps = images().filter(|_| card.task == Task::Segmentation).flat_map(|path| maps::files(path, out));
+        let written: Vec<PathBuf> = maps.chain([out.join(FILE)]).collect();
+        results::prepare(out, &written, images().cloned().chain(results::of_model(card)))?;
     }
     let mut session = Paced::new(Predictor::open(card.clone(), &request.options)?);
     let model = model_record(card, session.predictor.variant());
@@ -74,28 +95,43 @@ pub fn predict(request: &PredictRequest, say: &mut dyn FnMut(&str)) -> Result<Pr
     let total: usize = found.iter().map(|group| group.images.len()).sum();
     say(&format!("predicting {total} images with {} on {}", card.name, ran_on.device));
     let (mut images, mut folders, mut failed) = (Vec::new(), Vec::new(), Vec::new());
+    let mut unwritten = None;
     for group in &found {
         let before = (images.len(), failed.len());
         for path in &group.images {
             match one(path, request, &mut session, out) {
                 Ok(record) => images.push(record),
                 Err(error) if images::is_about_one_image(&error) => failed.push(failed_image(path, &error)),
+                // A full disk would refuse the others too.
+                Err(error) if is_about_output(&error) => {
+                    unwritten = Some(error);
+                    break;
+                }
                 Err(error) => return Err(error),
             }
         }
         if let Some(folder) = &group.folder {
             folders.push(together(folder, card, &images[before.0..], failed.len() - before.1));
         }
+        if unwritten.is_some() {
+            break;
+        }
     }
     let max_tiles = if card.task == Task::Segmentation { 0 } else { request.max_tiles };
-    let (pace, notes) = (session.record(), notes(card, &images));
-    Ok(PredictedRecord { model, ran_on, tile_size: card.tile_size, max_tiles, images, folders, failed, notes, pace })
+    let skipped = images::by_extension(&found.iter().flat_map(|group| group.others.clone()).collect::<Vec<_>>());
+    let (pace, mut notes) = (session.record(), notes(card, &images));
+    notes.extend(images::about_others(&skipped));
+    if unwritten.is_some() {
+        let left = total - images.len() - failed.len();
+        notes.push(format!("Of {left} of {total} images there are no results: one could not be written."));
+    }
+    let tile_size = card.tile_size;
+    let found = PredictedRecord { model, ran_on, tile_size, max_tiles, images, folders, failed, skipped, notes, pace };
+    Ok(Predictions { found, unwritten })
 }
 
-/// Whether results would lie among the images of a folder.
-fn same_folder(folder: Option<&Path>, out: Option<&Path>) -> bool {
-    let real = |path: &Path| path.canonicalize().ok();
-    folder.and_then(real).is_some_and(|folder| out.and_then(real) == Some(folder))
+fn is_about_output(error: &ExperimentError) -> bool {
+    matches!(error, ExperimentError::Engine(error) if matches!(**error, EngineError::Output(_)))
 }
 
 fn notes(card: &ModelCard, images: &[ImageRecord]) -> Vec<String> {
@@ -114,28 +150,43 @@ struct Group {
     /// `None` for an image that was named itself.
     folder: Option<PathBuf>,
     images: Vec<PathBuf>,
+    /// Files of the folder that are no images.
+    others: Vec<PathBuf>,
 }
 
 fn find(paths: &[PathBuf]) -> Result<Vec<Group>, ExperimentError> {
     let mut groups = Vec::new();
     for path in paths {
         if path.is_dir() {
-            let images = images::in_folder(path)?;
+            let Listing { images, others } = images::in_folder(path)?;
             if images.is_empty() {
-                let reason = "holds no png, jpg, jpeg, bmp, tif or tiff image itself".to_owned();
+                let reason = format!("holds no {} image itself", images::extensions());
                 return Err(images::unsuited(
                     path,
                     reason,
                     "name the folder that holds the images; others below are not searched",
                 ));
             }
-            groups.push(Group { folder: Some(path.clone()), images });
+            groups.push(Group { folder: Some(path.clone()), images, others });
         } else {
             not_a_slide(path)?;
-            groups.push(Group { folder: None, images: vec![path.clone()] });
+            groups.push(Group { folder: None, images: vec![path.clone()], others: Vec::new() });
         }
     }
+    no_image_twice(groups.iter().flat_map(|group| &group.images))?;
     Ok(groups)
+}
+
+/// An image that counts twice would weigh twice in its folder.
+fn no_image_twice<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Result<(), ExperimentError> {
+    let mut seen = BTreeMap::new();
+    for path in paths {
+        if let Some(other) = seen.insert(results::resolved(path), path) {
+            let reason = format!("is the same image as {}", other.display());
+            return Err(images::unsuited(path, reason, "name each image once"));
+        }
+    }
+    Ok(())
 }
 
 fn is_slide(path: &Path) -> bool {
@@ -301,6 +352,14 @@ mod tests {
         assert!(no_name_twice(paths[1..].iter()).is_ok());
         let told = no_name_twice(paths.iter()).unwrap_err().to_string();
         assert!(told.contains("b/x.jpg: would have the same mask file as a/x.png"), "{told}");
+    }
+
+    #[test]
+    fn no_image_counts_twice() {
+        let paths = ["a/x.png", "b/x.png", "a/../b/x.png"].map(PathBuf::from);
+        assert!(no_image_twice(paths[..2].iter()).is_ok());
+        let told = no_image_twice(paths.iter()).unwrap_err().to_string();
+        assert_eq!(told, "a/../b/x.png: is the same image as b/x.png");
     }
 
     #[test]

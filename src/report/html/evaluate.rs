@@ -340,6 +340,7 @@ mod tests {
                 items: 9,
                 not_a_number: 2,
                 failed: vec![FailedImage { path: HOSTILE.into(), reason: HOSTILE.into(), hint: None }],
+                skipped: std::collections::BTreeMap::new(),
                 figures: Figures { top1: figure(0.5), ece: figure(f64::NAN), ..Figures::default() },
                 classes: (0..classes).map(class).collect(),
                 confusion: (0..classes).map(row).collect(),
