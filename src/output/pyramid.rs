@@ -56,6 +56,24 @@ pub struct PyramidSpec {
     pub deflate_level: u32,
 }
 
+impl PyramidSpec {
+    /// Memory that a [`PyramidWriter`] holds: a row of tiles of each level, and what it is reduced to.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        let rows = |most: u32| move |(width, height): &(u32, u32)| u64::from(*width) * u64::from(most.min(*height));
+        let sizes = level_sizes(self.width, self.height);
+        let bands: u64 = sizes.iter().map(rows(self.tile_size)).sum();
+        let reduced: u64 = sizes.iter().skip(1).map(rows(self.tile_size / 2)).sum();
+        bands + reduced
+    }
+
+    /// Memory of a row of tiles of the finest level, which it takes compressed at most.
+    #[must_use]
+    pub fn encoded_bytes(&self) -> u64 {
+        u64::from(self.width.next_multiple_of(self.tile_size)) * u64::from(self.tile_size)
+    }
+}
+
 /// Writes one pyramid.
 #[derive(Debug)]
 pub struct PyramidWriter {
@@ -154,6 +172,9 @@ impl PyramidWriter {
             }
             let taken = room.min(rows.len() / level.width);
             let (now, later) = rows.split_at(taken * level.width);
+            // No more than a row of tiles: memory that grows by doubling may be twice that.
+            let rest = room * level.width;
+            level.pixels.reserve_exact(rest);
             level.pixels.extend_from_slice(now);
             level.rows += taken;
             rows = later;
@@ -429,6 +450,14 @@ mod tests {
         let mut out = vec![99; 3];
         reduce(pixels, width, how, &mut out);
         out
+    }
+
+    #[test]
+    fn memory_known_by_hand() {
+        let spec = PyramidSpec { tile_size: 512, ..spec(1000, 600, Reduce::Mean) };
+        // A row of tiles of 1000 × 600, all of 500 × 300, and half a row of tiles reduced.
+        assert_eq!(spec.memory_bytes(), 1000 * 512 + 500 * 300 + 500 * 256);
+        assert_eq!(spec.encoded_bytes(), 1024 * 512);
     }
 
     #[test]

@@ -37,6 +37,7 @@ pub use self::native::TileError;
 pub use self::native::hostile;
 use self::native::pyramid::{Dialect, Pyramid};
 pub use self::reader::{ReadOptions, TileReader};
+pub use self::source::ReadMemory;
 pub use self::thumbnail::Thumbnail;
 use crate::geometry::{Level, Level0Rect, Mpp, PixelSize};
 

@@ -10,7 +10,7 @@ use fast_image_resize::Resizer;
 use super::icc::ToSrgb;
 use super::level::LevelChoice;
 use super::resample::{Crop, FILTER_REACH, resample};
-use super::source::{self, LevelRect, LevelSource};
+use super::source::{self, LevelRect, LevelSource, ReadMemory};
 use super::{LevelInfo, Slide, SlideError};
 use crate::geometry::TilePosition;
 
@@ -82,6 +82,34 @@ impl TileReader {
         planned: &[TilePosition],
     ) -> Result<Self, SlideError> {
         Ok(Self::several(slide, choice, options, planned, 1)?.remove(0))
+    }
+
+    /// What `count` readers of [`several`](Self::several) take of memory.
+    ///
+    /// # Errors
+    /// [`SlideError`] if there is no such level.
+    pub fn memory(
+        slide: &Slide,
+        choice: &LevelChoice,
+        options: ReadOptions,
+        planned: &[TilePosition],
+        count: usize,
+    ) -> Result<ReadMemory, SlideError> {
+        let cut = Cut { info: slide.level_info(choice.level)?, choice: *choice, tile_size: options.tile_size };
+        let rects = planned.iter().map(|position| cut.rect(*position));
+        let memory = source::memory(slide, choice.level, rects, count)?;
+        let [(_, width), (_, height)] = cut.spans(&cut.view(TilePosition::default()));
+        let tile = u64::from(options.tile_size) * u64::from(options.tile_size) * 3;
+        // Resampling needs the window and, between its two directions, less than as much.
+        let window = if choice.resample.is_some() { 2 * 3 * width * height } else { 0 };
+        let converted = if options.icc { tile } else { 0 };
+        Ok(ReadMemory { per_reader: memory.per_reader + window + converted, ..memory })
+    }
+
+    /// Lowers the memory that decoded parts of the file may take, for all readers that were opened together; what is not
+    /// held is decoded again.
+    pub fn hold_at_most(&mut self, bytes: u64) {
+        self.source.hold_at_most(usize::try_from(bytes).unwrap_or(usize::MAX));
     }
 
     /// Whether colours are converted: asked for, and the slide has a profile.

@@ -3,10 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::native::NativeLevel;
+use super::native::{self, NativeLevel};
 use super::openslide::OpenSlideLevel;
 use super::{LevelInfo, Slide, SlideError};
 use crate::geometry::{Level, Level0Rect};
+
+/// What a handle of OpenSlide holds of decoded tiles, unless told otherwise.
+const OPENSLIDE_CACHE_BYTES: u64 = 32 << 20;
 
 /// A rectangle of a level in that level's pixels, `x..x+width` by `y..y+height`; may reach beyond the level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,10 @@ pub(super) trait LevelSource: fmt::Debug + Send {
     fn read_from(&mut self, rect: LevelRect, _fraction: (f64, f64), rgb: &mut Vec<u8>) -> Result<(), SlideError> {
         self.read(rect, rgb).map(drop)
     }
+
+    /// Lowers the memory that what was decoded may take between two reads, of all sources that share it; more is decoded
+    /// again then. Does nothing where that memory is not this program's.
+    fn hold_at_most(&mut self, _bytes: usize) {}
 }
 
 /// Opens `count` sources of a level, which together will read each of `planned` once. Other rectangles may be read too,
@@ -61,6 +68,41 @@ pub(super) fn open(
     };
     let shared = Arc::new(NativeLevel::open(slide, pyramid, level, planned)?);
     Ok((0..count).map(|_| Box::new(shared.source()) as Box<dyn LevelSource>).collect())
+}
+
+/// What reading takes of memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadMemory {
+    /// Decoded parts of the file, held for the reads that share them.
+    pub held: u64,
+    /// What [`TileReader::hold_at_most`](super::TileReader::hold_at_most) can lower that to.
+    pub least_held: u64,
+    /// Each reader's own.
+    pub per_reader: u64,
+}
+
+/// What `count` sources of a level take that [`open`] gives, beside the pixels that are asked for.
+pub(super) fn memory(
+    slide: &Slide,
+    level: Level,
+    planned: impl Iterator<Item = LevelRect> + Clone,
+    count: usize,
+) -> Result<ReadMemory, SlideError> {
+    let info = slide.level_info(level)?;
+    Ok(match &slide.native {
+        Some(pyramid) => {
+            let (held, tile) = native::held_bytes(pyramid, level, planned);
+            // The tile, and at most as much of its compressed data and of the decoder's own.
+            ReadMemory { held, least_held: 0, per_reader: 3 * tile }
+        }
+        None => {
+            // As BGRA, up to the size of OpenSlide's cache, which every handle has for itself.
+            let level = u64::from(info.width) * u64::from(info.height) * 4;
+            let held = level.min(OPENSLIDE_CACHE_BYTES) * count as u64;
+            let read = planned.map(|rect| u64::from(rect.width) * u64::from(rect.height) * 4).max();
+            ReadMemory { held, least_held: held, per_reader: read.unwrap_or(0) }
+        }
+    })
 }
 
 impl Slide {

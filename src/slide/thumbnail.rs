@@ -1,6 +1,7 @@
 //! The whole slide as one small picture, in bounded memory.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use fast_image_resize::{ResizeError, Resizer};
 use image::imageops::replace;
@@ -48,37 +49,23 @@ impl Slide {
     /// [`SlideError`] if the file can't be opened any more or is damaged all over.
     pub fn thumbnail(&self, max_side: u32) -> Result<Thumbnail, SlideError> {
         let extent = self.extent();
-        let longest = extent.width.max(extent.height) as f64;
-        let shrink = (f64::from(max_side.max(1)) / longest).min(1.0);
-        let (width, height) = (pixels(extent.width, shrink), pixels(extent.height, shrink));
-        let large_enough = |info: &LevelInfo| info.width >= width && info.height >= height;
-        let chosen = (0..).map(Level).zip(&self.levels).filter(|(_, info)| large_enough(info)).last();
-        let (level, info) = chosen.map_or((Level(0), self.levels[0]), |(level, info)| (level, *info));
-        let block = ((info.width / width).min(MAX_BLOCK), (info.height / height).min(MAX_BLOCK));
+        let Scaling { level, info, block, size: (width, height) } = self.scaling(max_side);
         let parts = parts((info.width, info.height), block);
         let planned = parts.iter().map(|part| part.rect());
-        // OpenSlide opens the file anew for every thread.
-        let most = if self.native.is_some() { rayon::current_num_threads() } else { MAX_HANDLES };
-        let threads = rayon::current_num_threads().min(most).min(parts.len()).max(1);
+        let threads = self.thumbnail_threads(parts.len());
         let unreadable_count = AtomicUsize::new(0);
         let sources = source::open(self, level, planned, threads)?;
         let walks = sources.into_par_iter().zip(parts.par_chunks(parts.len().div_ceil(threads).max(1)));
-        let walked: Vec<Walk<'_>> = walks
+        let means = Mutex::new(RgbImage::new(info.width.div_ceil(block.0), info.height.div_ceil(block.1)));
+        let unreadable: Vec<Vec<Level0Rect>> = walks
             .map(|(source, parts)| {
-                let (means, unreadable) = (Vec::new(), Vec::new());
-                let mut walk = Walk { background: self.background, source, means, unreadable, all: &unreadable_count };
+                let (background, all) = (self.background, &unreadable_count);
+                let mut walk = Walk { background, source, means: &means, unreadable: Vec::new(), all };
                 walk.over(parts, block)?;
-                Ok(walk)
+                Ok(walk.unreadable)
             })
             .collect::<Result<_, SlideError>>()?;
-        let mut means = RgbImage::new(info.width.div_ceil(block.0), info.height.div_ceil(block.1));
-        let mut unreadable = Vec::new();
-        for walk in walked {
-            for (part, part_means) in &walk.means {
-                replace(&mut means, part_means, (part.x / block.0).into(), (part.y / block.1).into());
-            }
-            unreadable.extend(walk.unreadable);
-        }
+        let (means, unreadable) = (means.into_inner().unwrap_or_else(PoisonError::into_inner), unreadable.concat());
         // The last block of a row may be cut off by the slide's edge.
         let covered = (f64::from(info.width) / f64::from(block.0), f64::from(info.height) / f64::from(block.1));
         let image = shrink_to(means, covered, (width, height)).map_err(|source| SlideError::Resample {
@@ -89,14 +76,58 @@ impl Slide {
         let (scale_x, scale_y) = (extent.width as f64 / f64::from(width), extent.height as f64 / f64::from(height));
         Ok(Thumbnail { image, scale_x, scale_y, level, unreadable })
     }
+
+    /// Memory that [`thumbnail`](Self::thumbnail) takes while it is made, the picture included.
+    ///
+    /// # Errors
+    /// [`SlideError`] if the slide has no level.
+    pub fn thumbnail_bytes(&self, max_side: u32) -> Result<u64, SlideError> {
+        let Scaling { level, info, block, size } = self.scaling(max_side);
+        let parts = parts((info.width, info.height), block);
+        let rgb = |width: u32, height: u32| u64::from(width) * u64::from(height) * 3;
+        let threads = self.thumbnail_threads(parts.len());
+        let part = parts.iter().map(|part| rgb(part.width, part.height)).max().unwrap_or(0);
+        let read = source::memory(self, level, parts.iter().map(|part| part.rect()), threads)?;
+        // Each thread also holds the tiles that the edge of its neighbour's parts cuts.
+        let held = if self.native.is_some() { read.held * threads as u64 } else { read.held };
+        let means = rgb(info.width.div_ceil(block.0), info.height.div_ceil(block.1));
+        Ok(means + rgb(size.0, size.1) + held + threads as u64 * (part + read.per_reader))
+    }
+
+    /// How the picture of a size is made.
+    fn scaling(&self, max_side: u32) -> Scaling {
+        let extent = self.extent();
+        let longest = extent.width.max(extent.height) as f64;
+        let shrink = (f64::from(max_side.max(1)) / longest).min(1.0);
+        let (width, height) = (pixels(extent.width, shrink), pixels(extent.height, shrink));
+        let large_enough = |info: &LevelInfo| info.width >= width && info.height >= height;
+        let chosen = (0..).map(Level).zip(&self.levels).filter(|(_, info)| large_enough(info)).last();
+        let (level, info) = chosen.map_or((Level(0), self.levels[0]), |(level, info)| (level, *info));
+        let block = ((info.width / width).min(MAX_BLOCK), (info.height / height).min(MAX_BLOCK));
+        Scaling { level, info, block, size: (width, height) }
+    }
+
+    /// Threads that read the parts: OpenSlide opens the file anew for each.
+    fn thumbnail_threads(&self, parts: usize) -> usize {
+        let most = if self.native.is_some() { rayon::current_num_threads() } else { MAX_HANDLES };
+        rayon::current_num_threads().min(most).min(parts).max(1)
+    }
+}
+
+/// A level, the blocks of it that are averaged, and the size of the picture.
+struct Scaling {
+    level: Level,
+    info: LevelInfo,
+    block: (u32, u32),
+    size: (u32, u32),
 }
 
 /// Parts of a level being read one by one.
 struct Walk<'a> {
     background: [u8; 3],
     source: Box<dyn LevelSource>,
-    /// The parts with their blocks averaged; blocks at the edges may be smaller.
-    means: Vec<(Part, RgbImage)>,
+    /// The level with its blocks averaged, of all walks; blocks at the edges may be smaller.
+    means: &'a Mutex<RgbImage>,
     unreadable: Vec<Level0Rect>,
     /// Unreadable parts of all walks.
     all: &'a AtomicUsize,
@@ -127,7 +158,9 @@ impl Walk<'_> {
         let mut rgb = Vec::new();
         for part in parts {
             self.read(*part, &mut rgb)?;
-            self.means.push((*part, average(&rgb, *part, block)));
+            let part_means = average(&rgb, *part, block);
+            let mut means = self.means.lock().unwrap_or_else(PoisonError::into_inner);
+            replace(&mut *means, &part_means, (part.x / block.0).into(), (part.y / block.1).into());
         }
         Ok(())
     }

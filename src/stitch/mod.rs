@@ -45,6 +45,49 @@ pub struct StitchSpec {
     pub threshold: Option<f32>,
 }
 
+impl StitchSpec {
+    /// Memory of the rows that a [`Stitcher`] holds where tiles lie side by side.
+    #[must_use]
+    pub fn rows_bytes(&self) -> u64 {
+        let (width, height) = map_size(self);
+        (self.span() as u64).min(height) * width as u64 * self.planes() * size_of::<u32>() as u64
+    }
+
+    /// Memory of a [`Strip`] of as many rows as one has at most.
+    #[must_use]
+    pub fn strip_bytes(&self) -> u64 {
+        let (width, height) = map_size(self);
+        (self.strip_rows() as u64).min(height) * width as u64 * self.planes()
+    }
+
+    /// Strips that leave when a row of tiles is complete, at most.
+    #[must_use]
+    pub fn strips_at_once(&self) -> usize {
+        self.span().div_ceil(self.strip_rows())
+    }
+
+    /// Strips of the whole map, at least.
+    #[must_use]
+    pub fn strip_count(&self) -> u64 {
+        map_size(self).1.div_ceil(self.strip_rows() as u64)
+    }
+
+    /// Values of a cell: one for each class, and one more.
+    fn planes(&self) -> u64 {
+        self.class_count as u64 + 1
+    }
+
+    /// Rows that a tile may touch.
+    fn span(&self) -> usize {
+        self.plane.tile_size.div_ceil(self.cell) as usize + 1
+    }
+
+    /// Rows of a strip: a slot of the ring holds one row, and a strip must not need it twice.
+    fn strip_rows(&self) -> usize {
+        STRIP_ROWS.min(self.span())
+    }
+}
+
 /// Why something can't be stitched.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a class map holds 1 to 254 classes, not {0}")]
@@ -117,12 +160,11 @@ impl Stitcher {
             return Err(TooManyClasses(spec.class_count));
         }
         let (width, height) = map_size(&spec);
-        let span = spec.plane.tile_size.div_ceil(spec.cell) as usize + 1;
         Ok(Self {
             spec,
             width,
             height,
-            rows: vec![Row::default(); span],
+            rows: vec![Row::default(); spec.span()],
             first_row: 0,
             window: blend_window(spec.plane.tile_size, spec.overlap),
             spare: Vec::new(),
@@ -235,8 +277,7 @@ impl Stitcher {
     }
 
     fn emit_until(&mut self, end: u64, emit: &mut impl FnMut(Strip)) {
-        // A slot of the ring holds one row: a strip must not need it twice.
-        let most = STRIP_ROWS.min(self.rows.len());
+        let most = self.spec.strip_rows();
         while self.first_row < end {
             let count = usize::try_from(end - self.first_row).unwrap_or(most).min(most);
             let strip = self.take_strip(count);
@@ -449,6 +490,22 @@ mod tests {
         stitcher.finish(&mut emit);
         let (overview, counts) = overview.finish();
         (probabilities, classes, overview, counts)
+    }
+
+    #[test]
+    fn memory_known_by_hand() {
+        let region = Level0Rect { x: 0, y: 0, width: 100, height: 20 };
+        let pixel_size = PixelSize::square(Mpp::new(0.5).unwrap());
+        let plane = TilePlane { region, downsample_x: 1.0, downsample_y: 1.0, pixel_size, tile_size: 8 };
+        let spec = StitchSpec { plane, cell: 1, class_count: 3, overlap: 0, threshold: None };
+        // A tile may touch 9 rows: of 100 cells, with the sums of 3 classes and the weights.
+        assert_eq!(spec.rows_bytes(), 9 * 100 * 4 * 4);
+        assert_eq!((spec.strip_bytes(), spec.strips_at_once(), spec.strip_count()), (9 * 100 * 4, 1, 3));
+        // Halved to 50 × 10 cells, from sums of a row of the map.
+        assert_eq!(spec.overview_bytes(50), (50 * 10 + 100 * 4) * 4);
+        let large = TilePlane { tile_size: 256, region: Level0Rect { height: 300, ..region }, ..plane };
+        let spec = StitchSpec { plane: large, ..spec };
+        assert_eq!((spec.strip_bytes(), spec.strips_at_once(), spec.strip_count()), (64 * 100 * 4, 5, 5));
     }
 
     #[test]

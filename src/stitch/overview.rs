@@ -32,7 +32,7 @@ pub struct Overview {
 /// Builds an [`Overview`] and counts classes.
 #[derive(Debug)]
 pub struct OverviewBuilder {
-    /// Without its cells.
+    /// With the rows that have ended.
     overview: Overview,
     blocks: Vec<Block>,
     factor: usize,
@@ -50,11 +50,22 @@ struct Block {
     /// were inferred, `[column]`.
     sums: Vec<u32>,
     counts: Vec<u32>,
-    /// The finished rows: `[class][row, cell]` and `[row, cell]`.
+    /// The rows that ended with the last strip: `[class][row, cell]` and `[row, cell]`.
     probabilities: Vec<Vec<u8>>,
     classes: Vec<u8>,
     /// Number of map cells by their value in [`Strip::classes`].
     cells: [u64; 256],
+}
+
+impl StitchSpec {
+    /// Memory of an [`Overview`] of at most `max_side` cells per side, and of the sums that one is made of.
+    #[must_use]
+    pub fn overview_bytes(&self, max_side: usize) -> u64 {
+        let (map_width, map_height) = (map_size(self).0 as u64, map_size(self).1);
+        let factor = map_width.max(map_height).div_ceil(max_side.max(1) as u64).max(1);
+        let cells = map_width.div_ceil(factor) * map_height.div_ceil(factor);
+        (cells + map_width * size_of::<u32>() as u64) * self.planes()
+    }
 }
 
 impl OverviewBuilder {
@@ -72,8 +83,9 @@ impl OverviewBuilder {
             cell_width: spec.plane.downsample_x * scale,
             cell_height: spec.plane.downsample_y * scale,
             cell_size: spec.plane.pixel_size.scaled(scale, scale)?,
-            probabilities: vec![Vec::new(); spec.class_count],
-            classes: Vec::new(),
+            // Whole from the start: memory that grows is copied, and there twice meanwhile.
+            probabilities: (0..spec.class_count).map(|_| Vec::with_capacity(width * height)).collect(),
+            classes: Vec::with_capacity(width * height),
         };
         let block_width = BLOCK_COLUMNS.div_ceil(factor) * factor;
         let lefts = (0..map_width).step_by(block_width);
@@ -95,30 +107,37 @@ impl OverviewBuilder {
             }
         });
         self.next_row += strip.row_count as u64;
+        self.take_rows();
+    }
+
+    /// Moves the rows that have ended from the blocks into the overview.
+    fn take_rows(&mut self) {
+        let Self { overview, blocks, factor, .. } = self;
+        let widths: Vec<usize> = blocks.iter().map(|block| block.columns.len().div_ceil(*factor)).collect();
+        let rows = blocks.first().map_or(0, |block| block.classes.len() / widths[0].max(1));
+        let take = |whole: &mut Vec<u8>, part: &dyn Fn(&Block) -> &[u8]| {
+            for row in 0..rows {
+                for (block, width) in blocks.iter().zip(&widths) {
+                    whole.extend_from_slice(&part(block)[row * width..(row + 1) * width]);
+                }
+            }
+        };
+        for (class, whole) in overview.probabilities.iter_mut().enumerate() {
+            take(whole, &|block| &block.probabilities[class]);
+        }
+        take(&mut overview.classes, &|block| &block.classes);
+        for block in blocks {
+            block.probabilities.iter_mut().chain([&mut block.classes]).for_each(Vec::clear);
+        }
     }
 
     /// The overview, and the number of map cells of each class (the last number: inferred, but of no class).
     #[must_use]
     pub fn finish(self) -> (Overview, Vec<u64>) {
-        let Self { overview, blocks, factor, .. } = self;
+        let Self { overview, blocks, .. } = self;
         let cells = |value: usize| blocks.iter().map(|block| block.cells[value]).sum();
         let class_cells = (1..overview.probabilities.len() + 2).map(cells).collect();
-        let width = overview.width;
-        let joined = |cells: fn(&Block, usize) -> &[u8], class: usize| {
-            let mut whole = vec![0; width * overview.height];
-            whole.par_chunks_exact_mut(width.max(1)).enumerate().for_each(|(row, line)| {
-                for block in &blocks {
-                    let (left, block_width) = (block.columns.start / factor, block.columns.len().div_ceil(factor));
-                    let part = &cells(block, class)[row * block_width..(row + 1) * block_width];
-                    line[left..left + block_width].copy_from_slice(part);
-                }
-            });
-            whole
-        };
-        let class_count = overview.probabilities.len();
-        let probabilities = (0..class_count).map(|class| joined(|block, class| &block.probabilities[class], class));
-        let (probabilities, classes) = (probabilities.collect(), joined(|block, _| &block.classes, 0));
-        (Overview { probabilities, classes, ..overview }, class_cells)
+        (overview, class_cells)
     }
 }
 

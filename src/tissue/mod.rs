@@ -50,7 +50,7 @@ pub struct TissueMask {
     /// `[height, width]`.
     cells: Vec<Cell>,
     /// `[height + 1, width + 1]`: tissue cells above and to the left.
-    sums: Vec<u64>,
+    sums: Vec<u32>,
 }
 
 /// Why there is no mask.
@@ -128,11 +128,11 @@ impl TissueMask {
         let (width, height) = (width.max(1), height.max(1));
         let stride = width as usize + 1;
         cells.resize(width as usize * height as usize, Cell::Background);
-        let mut sums = vec![0; stride * (height as usize + 1)];
+        let mut sums = vec![0u32; stride * (height as usize + 1)];
         for (row, line) in cells.chunks_exact(width as usize).enumerate() {
             let mut in_row = 0;
             for (col, cell) in line.iter().enumerate() {
-                in_row += u64::from(cell.is_tissue());
+                in_row += u32::from(cell.is_tissue());
                 sums[(row + 1) * stride + col + 1] = sums[row * stride + col + 1] + in_row;
             }
         }
@@ -168,6 +168,12 @@ impl TissueMask {
     #[must_use]
     pub fn cells(&self) -> &[Cell] {
         &self.cells
+    }
+
+    /// Memory that the mask takes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        (self.cells.len() * size_of::<Cell>() + self.sums.len() * size_of::<u32>()) as u64
     }
 
     /// Share of the slide that shows `cell`, 0 to 1.
@@ -207,7 +213,7 @@ impl TissueMask {
         };
         let ((col, right), (row, down)) = (split(x, self.width), split(y, self.height));
         let stride = self.width as usize + 1;
-        let sum = |row: usize, col: usize| self.sums[row * stride + col] as f64;
+        let sum = |row: usize, col: usize| f64::from(self.sums[row * stride + col]);
         let upper = sum(row, col) * (1.0 - right) + sum(row, col + 1) * right;
         let lower = sum(row + 1, col) * (1.0 - right) + sum(row + 1, col + 1) * right;
         upper * (1.0 - down) + lower * down

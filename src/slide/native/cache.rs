@@ -14,7 +14,6 @@ const MAX_SPARE_BYTES: usize = 16 << 20;
 /// Decoded tiles by index, bounded in bytes.
 #[derive(Debug)]
 pub(super) struct TileCache {
-    capacity_bytes: usize,
     state: Mutex<State>,
     /// Tells waiting threads that a decoding ended, well or not.
     decoded: Condvar,
@@ -22,6 +21,7 @@ pub(super) struct TileCache {
 
 #[derive(Debug, Default)]
 struct State {
+    capacity_bytes: usize,
     slots: HashMap<u32, Slot>,
     /// Planned reads of each tile that are still to come; empty without a plan.
     expected: Vec<u16>,
@@ -44,8 +44,14 @@ impl TileCache {
     ///
     /// Tiles that readers hold just now are not counted: about one per thread.
     pub(super) fn new(capacity_bytes: usize, expected: Vec<u16>) -> Self {
-        let state = State { expected, ..State::default() };
-        Self { capacity_bytes, state: Mutex::new(state), decoded: Condvar::new() }
+        let state = State { capacity_bytes, expected, ..State::default() };
+        Self { state: Mutex::new(state), decoded: Condvar::new() }
+    }
+
+    /// Lowers the capacity for what follows.
+    pub(super) fn hold_at_most(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.capacity_bytes = state.capacity_bytes.min(bytes);
     }
 
     /// The pixels of a tile; `decode` makes them if no thread has, in a buffer of `bytes` with undefined content.
@@ -89,7 +95,7 @@ impl TileCache {
         decode: impl FnOnce(u32, &mut [u8]) -> Result<(), E>,
     ) -> Result<bool, E> {
         let mut state = self.lock();
-        if state.held_bytes + bytes > self.capacity_bytes {
+        if state.held_bytes + bytes > state.capacity_bytes {
             return Ok(false);
         }
         let is_free = |tile: &u32| {
@@ -207,7 +213,7 @@ impl PendingTile<'_> {
     /// Keeps the tile if planned reads are left and there is room.
     fn hold(&self, state: &mut State, buffer: Vec<u8>, left: u16) -> Arc<Vec<u8>> {
         let rgb = Arc::new(buffer);
-        if left > 0 && state.held_bytes + rgb.len() <= self.cache.capacity_bytes {
+        if left > 0 && state.held_bytes + rgb.len() <= state.capacity_bytes {
             state.held_bytes += rgb.len();
             state.slots.insert(self.tile, Slot::Ready(Arc::clone(&rgb)));
         }
@@ -284,6 +290,10 @@ mod tests {
         assert_eq!(cache.stats(), (4, 200));
         (0..4).for_each(|tile| drop(get(&cache, tile)));
         assert_eq!(cache.stats(), (6, 0));
+        let cache = TileCache::new(299, vec![2; 4]);
+        cache.hold_at_most(100);
+        (0..4).for_each(|tile| drop(get(&cache, tile)));
+        assert_eq!(cache.stats(), (4, 100));
     }
 
     #[test]

@@ -107,12 +107,7 @@ impl NativeLevel {
         let tiled = pyramid.levels.get(level.0 as usize).ok_or(absurd)?;
         let decoder = TileDecoder::new(tiled)
             .map_err(|error| SlideError::NotNative { path: path.clone(), reason: error.to_string() })?;
-        let mut expected = vec![0u16; tiled.tile_byte_counts.len()];
-        for (tile, _) in planned.flat_map(|rect| overlaps(tiled, rect)) {
-            if let Some(uses) = expected.get_mut(tile as usize) {
-                *uses = uses.saturating_add(1);
-            }
-        }
+        let expected = uses(tiled, planned);
         let (pyramid, background) = (Arc::clone(pyramid), slide.background);
         Ok(Self { path, file, pyramid, level, info, decoder, background, cache: TileCache::new(CACHE_BYTES, expected) })
     }
@@ -122,12 +117,21 @@ impl NativeLevel {
         NativeSource { level: Arc::clone(self), data: Vec::new(), scratch: DecodeScratch::default() }
     }
 
+    /// Lowers the memory that decoded tiles may take between two reads.
+    pub(super) fn hold_at_most(&self, bytes: usize) {
+        self.cache.hold_at_most(bytes);
+    }
+
     fn tiled(&self) -> &TiledLevel {
         &self.pyramid.levels[self.level.0 as usize]
     }
 }
 
 impl LevelSource for NativeSource {
+    fn hold_at_most(&mut self, bytes: usize) {
+        self.level.hold_at_most(bytes);
+    }
+
     fn read(&mut self, rect: LevelRect, rgb: &mut Vec<u8>) -> Result<Shift, SlideError> {
         let Self { level, data, scratch } = self;
         let tiled = level.tiled();
@@ -215,6 +219,39 @@ impl NativeLevel {
         self.file.read_exact_at(data, offset)?;
         self.decoder.decode(data, scratch, rgb)
     }
+}
+
+/// How often the reads of `planned` need each tile of a level.
+fn uses(level: &TiledLevel, planned: impl Iterator<Item = LevelRect>) -> Vec<u16> {
+    let mut uses = vec![0u16; level.tile_byte_counts.len()];
+    for (tile, _) in planned.flat_map(|rect| overlaps(level, rect)) {
+        if let Some(uses) = uses.get_mut(tile as usize) {
+            *uses = uses.saturating_add(1);
+        }
+    }
+    uses
+}
+
+/// Memory of the decoded tiles that are held at most between the reads of `planned`, and of one of them.
+pub(super) fn held_bytes(
+    pyramid: &Pyramid,
+    level: Level,
+    planned: impl Iterator<Item = LevelRect> + Clone,
+) -> (u64, u64) {
+    let Some(level) = pyramid.levels.get(level.0 as usize) else { return (0, 0) };
+    let tile_bytes = u64::from(level.tile_width) * u64::from(level.tile_height) * 3;
+    let all = uses(level, planned.clone());
+    let mut left = all.clone();
+    let (mut held, mut most) = (0, 0);
+    for (tile, _) in planned.flat_map(|rect| overlaps(level, rect)) {
+        let tile = tile as usize;
+        let Some((left, all)) = left.get_mut(tile).zip(all.get(tile)) else { continue };
+        held += u64::from(left == all && *all > 1);
+        most = most.max(held);
+        *left = left.saturating_sub(1);
+        held -= u64::from(*left == 0 && *all > 1);
+    }
+    ((most * tile_bytes).min(CACHE_BYTES as u64), tile_bytes)
 }
 
 impl Overlap {
@@ -314,6 +351,16 @@ mod tests {
                 if is_inside { pixel(x, y) } else { [0, 0, 200] }
             })
             .collect()
+    }
+
+    #[test]
+    fn what_reads_share_is_known_before_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let pyramid = slide(&folder).native.unwrap();
+        // The first two share two tiles of the file; the last one one with the second.
+        let rects = [(0, 20), (16, 20), (32, 16)].map(|(x, side)| LevelRect { x, y: 0, width: side, height: side });
+        assert_eq!(held_bytes(&pyramid, Level(0), rects.iter().copied()), (2 * 16 * 16 * 3, 16 * 16 * 3));
+        assert_eq!(held_bytes(&pyramid, Level(0), rects[..1].iter().copied()), (0, 16 * 16 * 3));
     }
 
     #[test]
