@@ -22,18 +22,29 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 /// A request to stop, shared between the threads of a run and whoever may ask (a signal handler).
 #[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+pub struct Cancel {
+    asked: Arc<AtomicBool>,
+    /// Requests that hold here too.
+    above: Vec<Arc<AtomicBool>>,
+}
 
 impl Cancel {
     /// Asks to stop; takes effect at each worker's next item.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
+        self.asked.store(true, Ordering::Release);
+    }
+
+    /// A request to stop a part of the work; who asks to stop all of it means the part too.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        let above = self.above.iter().chain([&self.asked]).cloned().collect();
+        Self { asked: Arc::default(), above }
     }
 
     /// Whether someone asked to stop.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.above.iter().chain([&self.asked]).any(|asked| asked.load(Ordering::Acquire))
     }
 }
 
@@ -606,6 +617,16 @@ mod tests {
             );
         });
         assert_eq!(result.unwrap_err(), PipelineError::Cancelled);
+    }
+
+    #[test]
+    fn a_request_to_stop_reaches_the_parts_and_not_the_whole() {
+        let whole = Cancel::default();
+        let (part, other) = (whole.child(), whole.child().child());
+        part.cancel();
+        assert_eq!([&whole, &part, &other].map(Cancel::is_cancelled), [false, true, false]);
+        whole.cancel();
+        assert!(other.is_cancelled());
     }
 
     #[test]
