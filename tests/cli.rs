@@ -62,6 +62,8 @@ fn wrong_values_are_told_with_their_flag_and_nothing_is_written() {
         ("--tissue", "everything", "--tissue everything: give otsu, none"),
         ("--max-tiles", "0", "--max-tiles 0"),
         ("--batch-size", "none", "--batch-size none"),
+        ("--memory-limit", "lots", "--memory-limit lots: give a size above 0 such as 2GiB"),
+        ("--memory-limit", "0", "--memory-limit 0: give a size"),
         ("--readers", "0", "--readers 0"),
         ("--device", "tpu", "--device tpu"),
         ("--mean", "0.5", "--mean 0.5: give three numbers"),
@@ -70,6 +72,40 @@ fn wrong_values_are_told_with_their_flag_and_nothing_is_written() {
         place.run(&model, &[&slide], &out, &[&value]).code(2).says(&["error: ", reason]);
     }
     assert!(!out.exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_is_told_before_the_tiles_and_is_not_exceeded() {
+    let (place, _, slide) = with_classifier();
+    let model = place.model(Kind::Segmentation);
+    let out = place.at("out");
+    let finished = place.run(&model, &[&slide], &out, &["--memory-limit", "64GiB", "--log-json"]).code(0);
+    finished.says(&["\"event\":\"memory planned\"", "\"expected_bytes\":"]);
+    let memory = &Json::of_slide(&out, "a")["memory"];
+    let bytes = |name: &str| memory[name].as_u64().unwrap();
+    let (expected, peak) = (bytes("expected_bytes"), bytes("peak_bytes"));
+    assert!(peak > 10 << 20 && peak * 10 <= expected * 11, "{memory}");
+    assert_eq!((bytes("limit_bytes"), &memory["lowered"]), (64 << 30, &json!(false)));
+    // 30 tiles at most are on their way, of three channels each way, in 8 bits and in 32.
+    let (tiles, part) = (30 * u64::from(TILE * TILE) * 3, |name: &str| memory["parts"][name].as_u64().unwrap());
+    assert_eq!((part("tiles"), part("predictions")), (tiles, 4 * tiles));
+    let people = place.run(&model, &[&slide], &place.at("people"), &[]).code(0);
+    people.says(&["a: memory: up to ", " expected: model "]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_slide_that_needs_more_memory_than_it_may_take_fails() {
+    let (place, model, slide) = with_classifier();
+    let config = place.write("run.toml", "memory_limit = \"1MiB\"\n");
+    let config = format!("--config={}", config.display());
+    let out = place.at("out");
+    let finished = place.run(&model, &[&slide], &out, &[&config]).code(1);
+    finished.says(&["a.svs: ", "of memory", "more than the limit of 1.0 MiB", "help: ", "`memory_limit`"]);
+    assert_failed(&out, "a", "more than the limit of 1.0 MiB");
+    assert_eq!(Json::of_slide(&out, "a")["memory"]["limit_bytes"], json!(1 << 20));
+    place.run(&model, &[&slide], &out, &[&config, "--memory-limit", "64GiB"]).code(0);
 }
 
 #[test]
@@ -333,7 +369,9 @@ fn quiet_is_silent_and_machines_get_json_lines() {
 
     let bad = place.write("bad.svs", "no slide");
     let loud = place.run(&model, &[&slide, &bad], &place.at("json"), &["--log-json"]).code(3);
-    let events: Vec<Value> = loud.stderr.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut events: Vec<Value> = loud.stderr.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    // Told where the system tells what is taken already; another test looks at it.
+    events.retain(|event| event["event"] != "memory planned");
     let names: Vec<&str> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
     let expected = [
         "run started",

@@ -9,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use bytesize::ByteSize;
 use clap::Args;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -215,6 +216,10 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "N", help_heading = "Model")]
     pub(super) sessions: Option<Text>,
 
+    /// Memory of the host that a run may take, such as 2GiB or 800MB: what can be lowered without changing results is, else the slide fails
+    #[arg(long, value_name = "SIZE", help_heading = "Model")]
+    memory_limit: Option<Text>,
+
     #[command(flatten)]
     #[serde(flatten)]
     pub(crate) tiling: TilingOptions,
@@ -418,9 +423,23 @@ impl RunOptions {
     }
 
     /// How the cohort is run.
-    pub(super) fn cohort(&self) -> CohortOptions {
+    pub(super) fn cohort(&self) -> Result<CohortOptions, Failure> {
         let is_set = |flag: Option<bool>| flag.unwrap_or(false);
-        CohortOptions { force: is_set(self.force), fail_fast: is_set(self.fail_fast), profile: is_set(self.profile) }
+        Ok(CohortOptions {
+            force: is_set(self.force),
+            fail_fast: is_set(self.fail_fast),
+            profile: is_set(self.profile),
+            memory_limit: self.memory_limit()?,
+        })
+    }
+
+    /// Bytes of the host's memory that a run may take.
+    fn memory_limit(&self) -> Result<Option<u64>, Failure> {
+        let wrong = |text: &Text| invalid("memory_limit", &text.0, "give a size above 0 such as 2GiB, 800MiB or 2GB");
+        let limit = self.memory_limit.as_ref().map(|text| (text, text.0.trim().parse::<ByteSize>()));
+        limit
+            .map(|(text, size)| size.ok().map(|size| size.0).filter(|size| *size > 0).ok_or_else(|| wrong(text)))
+            .transpose()
     }
 }
 

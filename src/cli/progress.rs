@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use slidestream::engine::cohort::{Event, now};
 use slidestream::report::Status;
 
@@ -82,6 +82,15 @@ impl Progress {
             Event::CoresSplit { reason } => {
                 self.line(reason);
                 self.record(json!({ "event": "cores split", "reason": reason }));
+            }
+            Event::MemoryPlanned { id, plan } => {
+                self.line(&format!("{id}: {}", plan.in_words()));
+                let parts: Map<String, Value> =
+                    plan.parts.named().into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
+                self.record(json!({
+                    "event": "memory planned", "slide": id, "expected_bytes": plan.expected(), "parts": parts,
+                    "limit_bytes": plan.limit, "lowered": plan.is_lowered(),
+                }));
             }
             Event::Progress { tiles } => self.tiles.set_position(*tiles),
             Event::SlideFinished { record, status } => {

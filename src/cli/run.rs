@@ -11,7 +11,7 @@ use slidestream::engine::inputs::{self, SlideInput};
 use slidestream::engine::{EngineError, plan};
 use slidestream::inference::{ModelCard, StopHandle};
 use slidestream::pipeline::Cancel;
-use slidestream::report::{RunRecord, SlideRecord, StageRecord, Status};
+use slidestream::report::{RunRecord, SlideRecord, StageRecord, Status, bytes};
 use slidestream::slide::Slide;
 
 use super::options::RunOptions;
@@ -50,6 +50,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         let card = ModelCard::load(&args.model, &options.bare.model(options.tiling.target_mpp()?)?)?;
         return Ok(dry_run(&slides, &prepare::config(&card, &options)?.tiling));
     }
+    let cohort = options.cohort()?;
     let mut engine = prepare::engine(&args.model, &options)?;
     let cancel = Cancel::default();
     let asked = cancel.clone();
@@ -65,8 +66,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
     let mut progress = Progress::new(options.progress(), slides.len(), &args.out)?;
     progress.line(&format!("{}: {}", run.execution.device, run.execution.reason));
     progress.record(json!({ "event": "run started", "command": run.command, "execution": run.execution }));
-    let summary =
-        cohort::run(&mut engine, &slides, &folder, options.cohort(), &cancel, &mut |event| progress.observe(event));
+    let summary = cohort::run(&mut engine, &slides, &folder, cohort, &cancel, &mut |event| progress.observe(event));
     progress.end();
     let outcome = summary.as_ref().map_or(Outcome::Failed, |summary| outcome_of(summary, slides.len()));
     run.execution = engine.execution();
@@ -188,6 +188,9 @@ fn summarise_slide(status: Status, record: &SlideRecord) -> String {
         rows.push(("time", format!("{:.1} s, {:.1} tiles/s", timing.seconds, timing.tiles_per_sec)));
         rows.push(("bottleneck", timing.bottleneck.clone()));
         rows.push(("relief", timing.relief.clone()));
+    }
+    if let Some((memory, peak)) = record.memory.as_ref().and_then(|memory| Some((memory, memory.peak_bytes?))) {
+        rows.push(("memory", format!("{} at most, {} expected", bytes(peak), bytes(memory.expected_bytes))));
     }
     let shares: BTreeMap<_, _> = record.class_shares.iter().collect();
     if !shares.is_empty() {

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::config::{InputDigests, RunConfig, TilingConfig, TissueSource};
 use super::inputs::SlideInput;
 use super::plan::{self, SlidePlan};
-use super::{Conduct, Engine, EngineError, SlideRun};
+use super::{Conduct, Engine, EngineError, MemoryPlan, SlideRun, memory};
 use crate::output;
 use crate::pipeline::{Activity, Cancel, Span, WorkerTrace};
 use crate::report::{
@@ -33,6 +33,8 @@ pub struct CohortOptions {
     pub fail_fast: bool,
     /// Write what every worker did when, into `traces/ID.json`.
     pub profile: bool,
+    /// Bytes of the host's memory that the process may take; a slide that takes more fails.
+    pub memory_limit: Option<u64>,
 }
 
 /// What happens, for whoever shows or logs it.
@@ -61,6 +63,13 @@ pub enum Event<'a> {
     CoresSplit {
         /// How many, and why.
         reason: &'a str,
+    },
+    /// It is known what the slide takes of the host's memory.
+    MemoryPlanned {
+        /// The slide.
+        id: &'a str,
+        /// How much, and what for.
+        plan: &'a MemoryPlan,
     },
     /// Tiles were done.
     Progress {
@@ -274,6 +283,7 @@ impl Cohort<'_> {
             coverage: None,
             class_shares: BTreeMap::new(),
             timing: None,
+            memory: None,
             notes: Vec::new(),
             outputs: Vec::new(),
         };
@@ -294,6 +304,9 @@ impl Cohort<'_> {
                 record.hint = error.hint();
             }
         }
+        if let Some(memory) = &mut record.memory {
+            memory.peak_bytes = memory::peak();
+        }
         if let Some(timing) = &mut record.timing {
             timing.seconds = start.elapsed().as_secs_f64();
         }
@@ -310,9 +323,10 @@ impl Cohort<'_> {
         tiling: &TilingConfig,
         redone_because: Option<&str>,
     ) -> Result<(), EngineError> {
+        memory::forget_peak();
         let Self { engine, .. } = self;
         let (plan, warmed_up) =
-            rayon::join(|| plan::plan(Slide::open(&input.path, tiling.reader)?, tiling), || engine.warm_up());
+            rayon::join(|| plan::plan(Slide::open(&input.path, tiling.reader)?, tiling), || engine.warm_up_gpus());
         // A stop ends the warm-up with an error of its own.
         if self.cancel.is_cancelled() {
             return Err(EngineError::Cancelled);
@@ -337,10 +351,19 @@ impl Cohort<'_> {
         if let Some(reason) = split? {
             (self.observe)(&Event::CoresSplit { reason: &reason });
         }
+        let warmed_up = self.engine.warm_up(plan.positions.len());
+        if self.cancel.is_cancelled() {
+            return Err(EngineError::Cancelled);
+        }
+        warmed_up?;
+        let CohortOptions { memory_limit, profile, .. } = self.options;
+        if let Some(memory) = self.engine.plan_memory(&plan, memory_limit, profile)? {
+            (self.observe)(&Event::MemoryPlanned { id: &input.id, plan: &memory });
+            record.memory = Some(memory.record());
+            memory.check(&plan)?;
+        }
         let asked = self.engine.batch_size;
-        let mut progress = |tiles| (self.observe)(&Event::Progress { tiles });
-        let conduct = Conduct { cancel: self.cancel, is_traced: self.options.profile };
-        let run = self.engine.run_slide(&input.id, &plan, self.folder.path(), conduct, &mut progress)?;
+        let run = self.run(&input.id, &plan)?;
         if let Some(workers) = &run.trace {
             output::write_atomic(
                 &self.folder.trace_path(&input.id),
@@ -364,6 +387,23 @@ impl Cohort<'_> {
         record.class_shares = run.results.class_shares.into_iter().collect();
         record.outputs = run.results.outputs;
         Ok(())
+    }
+
+    /// Runs a slide below the limit on memory.
+    fn run(&mut self, id: &str, plan: &SlidePlan) -> Result<SlideRun, EngineError> {
+        let Self { engine, folder, options, observe, .. } = self;
+        let mut progress = |tiles| observe(&Event::Progress { tiles });
+        let (run, over) = memory::watched(options.memory_limit, self.cancel, |cancel| {
+            let conduct = Conduct { cancel, is_traced: options.profile };
+            engine.run_slide(id, plan, folder.path(), conduct, &mut progress)
+        });
+        let Some((peak, limit)) = over.zip(options.memory_limit) else { return run };
+        match run {
+            Ok(run) => run.results.remove(folder.path()),
+            Err(EngineError::Cancelled) if !self.cancel.is_cancelled() => {}
+            Err(error) => return Err(error),
+        }
+        Err(EngineError::MemoryExceeded { path: plan.slide.path.clone(), peak, limit })
     }
 }
 

@@ -7,6 +7,7 @@ use crate::geometry::{GridError, Level0Rect, TilePosition};
 use crate::inference::{ModelError, SessionError};
 use crate::native::NativeError;
 use crate::output::OutputError;
+use crate::report;
 use crate::slide::SlideError;
 use crate::stitch::TooManyClasses;
 use crate::tissue::TissueError;
@@ -92,6 +93,39 @@ pub enum EngineError {
         /// The slide.
         path: PathBuf,
     },
+    /// There is a limit on memory where the system doesn't tell how much is taken.
+    #[error("this system does not tell how much memory a process takes, so no limit can be held")]
+    MemoryUnknown,
+    /// A slide would take more memory than it may.
+    #[error(
+        "{}: up to {} of memory expected, more than the limit of {}; most of it, {}, is for the {part}",
+        path.display(), report::bytes(*expected), report::bytes(*limit), report::bytes(*bytes)
+    )]
+    MemoryTooLittle {
+        /// The slide.
+        path: PathBuf,
+        /// What it would take, the program included.
+        expected: u64,
+        /// What it may take.
+        limit: u64,
+        /// The largest part.
+        part: &'static str,
+        /// How much that is.
+        bytes: u64,
+    },
+    /// A slide took more memory than it may.
+    #[error(
+        "{}: {} of memory taken, more than the limit of {}",
+        path.display(), report::bytes(*peak), report::bytes(*limit)
+    )]
+    MemoryExceeded {
+        /// The slide.
+        path: PathBuf,
+        /// The most that was taken.
+        peak: u64,
+        /// What it may take.
+        limit: u64,
+    },
     /// Another run writes to the same folder.
     #[error("{}: another run is writing to this folder{}", path.display(), holder.as_ref().map(|who| format!(" ({who})")).unwrap_or_default())]
     Locked {
@@ -137,6 +171,19 @@ impl EngineError {
                 text(Some("try another `variant`, or leave such tiles out by `on_nonfinite` skip"))
             }
             Self::MapTooLarge { .. } => text(Some("choose a `region` or a coarser `target_mpp`")),
+            Self::MemoryUnknown => text(Some("leave `memory_limit` out")),
+            Self::MemoryTooLittle { part, .. } => text(Some(match *part {
+                "model" => "lower `sessions` or `batch_size`, or raise `memory_limit`",
+                "tiles" | "predictions" => "lower `batch_size`, `sessions` or `readers`, or raise `memory_limit`",
+                "reading" => "lower `readers`, or raise `memory_limit`",
+                "maps" => "leave tiff out of `emit`, choose a smaller `region`, or raise `memory_limit`",
+                "pictures" => "leave png out of `emit`, or raise `memory_limit`",
+                "trace" => "leave `profile` out, or raise `memory_limit`",
+                _ => "choose a smaller `region` or a coarser `target_mpp`, or raise `memory_limit`",
+            })),
+            Self::MemoryExceeded { .. } => text(Some(
+                "lower `batch_size`, `sessions` or `readers`, leave kinds out of `emit`, or raise `memory_limit`",
+            )),
             Self::Locked { .. } => text(Some("wait for it to end or choose another `out`")),
             Self::Panicked { .. } => text(Some("this is a bug in slidestream: please report it with this message")),
             Self::Cancelled | Self::NoTilesGiven => None,

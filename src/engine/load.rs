@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
 use super::config::RunConfig;
+use super::memory::Room;
 use super::{Engine, EngineError};
 use crate::inference::{
     Device, DeviceRequest, ModelCard, Provider, ProviderRequest, Session, SessionFactory, SessionOptions, StopHandle,
@@ -115,7 +116,9 @@ impl Engine {
             readers,
             is_split_due,
             batch_size,
-            is_warm: false,
+            warm_batch: 0,
+            model_bytes: None,
+            room: Room::AMPLE,
             model,
             execution,
         })

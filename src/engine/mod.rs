@@ -10,6 +10,7 @@ mod cores;
 mod error;
 pub mod inputs;
 mod load;
+pub(crate) mod memory;
 mod pictures;
 pub mod plan;
 mod simulate;
@@ -34,6 +35,8 @@ pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
 pub(crate) use self::load::model_record;
+pub use self::memory::{MemoryParts, MemoryPlan};
+use self::memory::{Resident, Room, Work, buffer_count};
 use self::pictures::EarlyPictures;
 pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
@@ -72,8 +75,12 @@ pub struct Engine {
     is_split_due: bool,
     /// Lowered when a device's memory does not suffice.
     batch_size: NonZeroUsize,
-    /// Whether the sessions on GPUs have run a batch.
-    is_warm: bool,
+    /// Tiles of the largest batch that the sessions have run beforehand.
+    warm_batch: usize,
+    /// What is resident beside a slide: the least since the sessions are warm.
+    model_bytes: Option<u64>,
+    /// What may be kept ready for the next slide.
+    room: Room,
     model: ModelRecord,
     execution: ExecutionRecord,
 }
@@ -111,26 +118,71 @@ pub(crate) struct Conduct<'a> {
 }
 
 impl Engine {
-    /// Infers a batch of no tile in particular with every session, if they run on GPUs and none has run yet: a GPU's
-    /// libraries load and plan their kernels with the first batch, which takes up to seconds.
+    /// [`warm_up`](Self::warm_up) for any number of tiles, if the sessions run on GPUs: a GPU's libraries load and plan
+    /// their kernels with the first batch, which takes up to seconds.
+    ///
+    /// # Errors
+    /// Those of [`warm_up`](Self::warm_up).
+    pub(crate) fn warm_up_gpus(&mut self) -> Result<(), EngineError> {
+        let runs_on_gpu = self.factories.iter().any(SessionFactory::runs_on_gpu);
+        if runs_on_gpu { self.warm_up(usize::MAX) } else { Ok(()) }
+    }
+
+    /// Infers batches of no tile in particular with every session that so many tiles need, unless they have run as large
+    /// ones: what a session takes of memory is made by then.
     ///
     /// # Errors
     /// Those of the session. That memory does not suffice is left to the slide, which lowers the batch.
-    pub(crate) fn warm_up(&mut self) -> Result<(), EngineError> {
-        let runs_on_gpu = self.factories.iter().any(SessionFactory::runs_on_gpu);
-        if !runs_on_gpu || self.is_warm {
+    pub(crate) fn warm_up(&mut self, tiles: usize) -> Result<(), EngineError> {
+        let batch_size = self.batch_size.get().min(tiles);
+        if batch_size <= self.warm_batch {
             return Ok(());
         }
         let side = self.card.tile_size as usize;
         let tile = vec![128; side * side * 3];
-        let batch = vec![tile.as_slice(); self.batch_size.get()];
-        let predicted = self.sessions.par_iter_mut().map(|session| session.predict(&batch).map(drop));
+        let batch = vec![tile.as_slice(); batch_size];
+        let needed = self.sessions.len().min(tiles.div_ceil(batch_size));
+        // After the first batch ONNX Runtime knows what the graph needs, and takes it in one piece with the second.
+        let twice = |session: &mut Box<dyn Session>| (0..2).try_for_each(|_| session.predict(&batch).map(drop));
+        let predicted = self.sessions[..needed].par_iter_mut().map(twice);
         match predicted.collect::<Result<(), SessionError>>() {
-            Ok(()) => self.is_warm = true,
+            Ok(()) => (self.warm_batch, self.model_bytes) = (batch_size, None),
             Err(SessionError::OutOfMemory { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(())
+    }
+
+    /// Plans what a slide takes of the host's memory; from here on no more is kept ready than that. `None` where the system
+    /// does not tell what is taken already.
+    ///
+    /// # Errors
+    /// [`EngineError::MemoryUnknown`] if there is a limit nevertheless, and those of the slide's levels.
+    pub(crate) fn plan_memory(
+        &mut self,
+        plan: &SlidePlan,
+        limit: Option<u64>,
+        is_traced: bool,
+    ) -> Result<Option<MemoryPlan>, EngineError> {
+        let Some(resident) = Resident::read() else {
+            return if limit.is_some() { Err(EngineError::MemoryUnknown) } else { Ok(None) };
+        };
+        // What an earlier slide gave back may be resident still, and is used again.
+        let now = resident.now.saturating_sub(memory::plan_bytes(plan));
+        let model_bytes = *self.model_bytes.insert(self.model_bytes.map_or(now, |least| least.min(now)));
+        let work = Work {
+            plan,
+            card: &self.card,
+            config: &self.config,
+            batch_size: self.batch_size,
+            sessions: self.sessions.len(),
+            readers: self.readers.get(),
+            threads: rayon::current_num_threads(),
+            is_traced,
+        };
+        let planned = work.plan(model_bytes, resident.peak, limit)?;
+        self.room = planned.room;
+        Ok(Some(planned))
     }
 
     /// Finds how many readers and sessions share the CPU, if that was left to the engine and is not known yet; says why so
@@ -191,19 +243,23 @@ impl Engine {
         Conduct { cancel, is_traced }: Conduct<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SlideRun, EngineError> {
-        let Self { card, config, sessions, .. } = self;
+        let Self { card, config, sessions, room, .. } = self;
         let spec = stitch_spec(card, config, plan);
         let options = ReadOptions { tile_size: plan.plane.tile_size, icc: config.icc };
-        let readers = TileReader::several(&plan.slide, &plan.choice, options, &plan.positions, self.readers.get())?;
+        let mut readers = TileReader::several(&plan.slide, &plan.choice, options, &plan.positions, self.readers.get())?;
         let converts_colours = readers.first().is_some_and(TileReader::converts_colours);
+        if let (Some(bytes), Some(reader)) = (room.decoded_bytes, readers.first_mut()) {
+            reader.hold_at_most(bytes);
+        }
         let stitcher = spec.as_ref().map(|spec| Stitcher::new(*spec)).transpose()?;
 
-        let pool_size = buffer_count(batch_size, sessions.len(), readers.len());
+        let pool_size = buffer_count(batch_size, sessions.len(), readers.len()) + room.spare_buffers;
         let (pool, free_buffers) = bounded(pool_size);
         for _ in 0..pool_size {
             pool.send(Vec::new()).ok();
         }
-        let (give_back_strip, used_strips) = bounded(RESULTS.get());
+        // No more come back than a row of tiles sends out before it takes them: the others are not kept.
+        let (give_back_strip, used_strips) = bounded(spec.as_ref().map_or(1, StitchSpec::strips_at_once));
 
         let tiles = plan.positions.iter().enumerate().map_while(move |(index, position)| {
             let pixels = free_buffers.recv().ok()?;
@@ -234,7 +290,7 @@ impl Engine {
                     .through("read", QUEUE, read)
                     .through("batch", QUEUE, vec![Group::new(batch_size)])
                     .through("infer", PREDICTIONS, infer)
-                    .through("stitch", RESULTS, vec![stitch]);
+                    .through("stitch", room.waiting_results, vec![stitch]);
                 // Both closures of the fold need the files; they run one after the other.
                 let files = RefCell::new(files);
                 placed.fold(
@@ -275,18 +331,15 @@ impl Engine {
         if let (Err(_), Some(pictures)) = (&stages, &pictures) {
             pictures.remove();
         }
+        if let (Err(_), Some(results)) = (&stages, &results) {
+            results.remove(out);
+        }
         let stages = stages.map_err(|error| failed(error, cancel))?;
         let results = results.ok_or(EngineError::Cancelled)?;
         let duration = start.elapsed();
         let trace = trace.map(Trace::into_workers);
         Ok(SlideRun { results, stages, duration, batch_size, converts_colours, trace })
     }
-}
-
-/// Tiles that may be on their way: every session holds a batch and has one waiting, one batch is being put together, those
-/// of waiting predictions, each reader holds a tile and has one waiting, and some are to spare.
-fn buffer_count(batch_size: NonZeroUsize, sessions: usize, readers: usize) -> usize {
-    batch_size.get() * (2 * sessions + PREDICTIONS.get()) + 2 * readers + SPARE_BUFFERS
 }
 
 /// What a stage did, as it is written down.
@@ -333,6 +386,7 @@ mod tests {
     use crate::inference::fake::Fault;
     use crate::inference::{BareModel, FakeSession};
     use crate::report::Status;
+    use crate::slide::Slide;
     use crate::slide::synthetic::{Encoding, SvsOptions, SyntheticSlide};
 
     const TILE: u32 = 64;
@@ -382,7 +436,9 @@ mod tests {
             factories: Vec::new(),
             readers: NonZeroUsize::new(2).unwrap(),
             batch_size: NonZeroUsize::new(batch_size).unwrap(),
-            is_warm: false,
+            warm_batch: usize::MAX,
+            model_bytes: None,
+            room: Room::AMPLE,
             is_split_due: false,
             model,
             execution,
@@ -413,6 +469,80 @@ mod tests {
         assert_eq!(record.coverage.unwrap().inferred, 50);
         assert_eq!(record.notes, ["memory sufficed for batches of 4 tiles, not 16"]);
         assert_eq!(engine.execution().batch_size, 4);
+    }
+
+    /// A slide of 640 × 320 px in tiles of 256 px, cut into 50 tiles.
+    fn planned(engine: &Engine, folder: &Path) -> SlidePlan {
+        let path = folder.join("slide.svs");
+        let options = SvsOptions { encoding: Encoding::Deflate, ..SvsOptions::default() };
+        SyntheticSlide::new(640, 320, 1).write(&path, &options).unwrap();
+        plan::plan(Slide::open(&path, None).unwrap(), &engine.config.tiling).unwrap()
+    }
+
+    #[test]
+    fn memory_is_planned_part_by_part_and_lowered_below_a_limit() {
+        let (engine, folder) = (engine(2, None), tempfile::tempdir().unwrap());
+        let plan = planned(&engine, folder.path());
+        let (card, config, batch_size) = (&engine.card, &engine.config, engine.batch_size);
+        let work =
+            Work { plan: &plan, card, config, batch_size, sessions: 1, readers: 2, threads: 1, is_traced: false };
+        let ample = work.plan(10_000_000, 0, None).unwrap();
+        let (file_tile, tile) = (256 * 256 * 3, 64 * 64 * 3);
+        let expected = MemoryParts {
+            model: 10_000_000,
+            plan: 50 * 32,
+            // A row of three tiles of the file, and three times a tile for each reader.
+            reading: 3 * file_tile + 2 * 3 * file_tile,
+            // Two batches of two for the session, four that wait, two tiles for each reader, and 24 to spare.
+            tiles: (4 + 8 + 4 + 24) * tile,
+            predictions: 40 * 3 * 4,
+            // Two rows of ten cells in 32 bits and three strips of two rows in 8, of three classes and a fourth plane.
+            stitching: 2 * 10 * 4 * 4 + 3 * 2 * 10 * 4,
+            maps: 0,
+            // 5 rows, and sums in 32 bits for one.
+            overview: (50 + 10 * 4) * 4,
+            pictures: 0,
+            tables: 4 * (512 << 10),
+            trace: 0,
+        };
+        assert_eq!((ample.parts, ample.is_lowered(), ample.check(&plan).is_ok()), (expected, false, true));
+        assert_eq!(ample.expected(), expected.total());
+        assert!(
+            work.plan(10_000_000, 0, Some(expected.total())).unwrap()
+                == MemoryPlan { limit: Some(expected.total()), ..ample.clone() }
+        );
+
+        let lowered = work.plan(10_000_000, 0, Some(expected.total() - 1)).unwrap();
+        assert_eq!(lowered.parts, MemoryParts { tiles: 16 * tile, predictions: 16 * 3 * 4, ..expected });
+        assert!(lowered.is_lowered() && lowered.check(&plan).is_ok());
+        // The decoded tiles of the file have what is left.
+        let without = lowered.parts.total() - 3 * file_tile;
+        let lowest = work.plan(10_000_000, 0, Some(without + 1000)).unwrap();
+        assert_eq!((lowest.parts.reading, lowest.room.decoded_bytes), (6 * file_tile + 1000, Some(1000)));
+        assert!(lowest.check(&plan).is_ok());
+
+        let error = work.plan(10_000_000, 0, Some(without - 1)).unwrap().check(&plan).unwrap_err();
+        let EngineError::MemoryTooLittle { expected, limit, part, bytes, .. } = &error else { panic!("{error}") };
+        assert_eq!((*expected, *limit, *part, *bytes), (without, without - 1, "model", 10_000_000));
+        assert!(error.hint().unwrap().contains("`sessions`"));
+        // Planning the slide may have taken more than all that is to come.
+        let before = work.plan(10_000_000, 90_000_000, Some(80_000_000)).unwrap();
+        assert_eq!(before.expected(), 90_000_000);
+        assert!(matches!(before.check(&plan), Err(EngineError::MemoryExceeded { peak: 90_000_000, .. })));
+    }
+
+    #[test]
+    fn little_memory_gives_the_same_results() {
+        let table = |room| {
+            let (mut engine, folder) = (engine(8, None), tempfile::tempdir().unwrap());
+            let plan = planned(&engine, folder.path());
+            engine.room = room;
+            let conduct = Conduct { cancel: &Cancel::default(), is_traced: false };
+            engine.run_slide("slide", &plan, folder.path(), conduct, &mut |_| {}).unwrap();
+            std::fs::read(folder.path().join("model-outputs-csv/slide.csv")).unwrap()
+        };
+        let least = Room { spare_buffers: 0, waiting_results: NonZeroUsize::MIN, decoded_bytes: Some(0) };
+        assert_eq!(table(Room::AMPLE), table(least));
     }
 
     #[test]

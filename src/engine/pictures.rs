@@ -121,14 +121,35 @@ fn write_masks(target: &Target<'_>, picture: Option<&SlidePicture>) -> Result<Ve
     Ok(written)
 }
 
+/// Longest side of the picture of the slide that the region's is cut from: a small region needs a larger one.
+fn thumbnail_side(plan: &SlidePlan) -> u32 {
+    let (region, extent) = (plan.plane.region, plan.slide.extent());
+    let zoom = extent.width.max(extent.height) as f64 / region.width.max(region.height) as f64;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to a picture's size")]
+    let side = (f64::from(PICTURE_SIDE) * zoom).min(f64::from(MAX_THUMBNAIL_SIDE)) as u32;
+    side
+}
+
+/// Memory that the pictures of a plan take, whether or not results are drawn.
+pub(super) fn memory_bytes(plan: &SlidePlan, emit: &[Emit], has_map: bool) -> Result<u64, EngineError> {
+    let emits = |kind| emit.contains(&kind);
+    let cells = plan.tissue.as_ref().map_or(0, |mask| mask.cells().len() as u64);
+    if !emits(Emit::Png) || !(has_map || plan.tissue.is_some()) {
+        return Ok(if emits(Emit::GeoJson) { cells } else { 0 });
+    }
+    let region = plan.plane.region;
+    let (long, short) = (region.width.max(region.height).max(1) as f64, region.width.min(region.height).max(1) as f64);
+    let side = f64::from(PICTURE_SIDE);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most a picture's size")]
+    let picture = (3.0 * side * (side * short / long).ceil()) as u64;
+    // The picture, the one that is drawn on, the page around it, and that compressed.
+    Ok(plan.slide.thumbnail_bytes(thumbnail_side(plan))? + cells + 4 * picture)
+}
+
 impl SlidePicture {
     pub(crate) fn new(plan: &SlidePlan) -> Result<Self, EngineError> {
-        let (region, extent) = (plan.plane.region, plan.slide.extent());
-        // A small region needs a larger picture of the slide to be cut from.
-        let zoom = extent.width.max(extent.height) as f64 / region.width.max(region.height) as f64;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to a picture's size")]
-        let side = (f64::from(PICTURE_SIDE) * zoom).min(f64::from(MAX_THUMBNAIL_SIDE)) as u32;
-        let thumbnail = plan.slide.thumbnail(side)?;
+        let region = plan.plane.region;
+        let thumbnail = plan.slide.thumbnail(thumbnail_side(plan))?;
         let (scale_x, scale_y) = (thumbnail.scale_x, thumbnail.scale_y);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the region lies within the slide")]
         let pixel = |level0: i64, scale: f64, round: fn(f64) -> f64| round(level0 as f64 / scale).max(0.0) as u32;

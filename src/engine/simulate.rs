@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
+use super::memory::buffer_count;
 use super::stages::{Group, Infer, Tile};
-use super::{Engine, EngineError, PREDICTIONS, QUEUE, buffer_count, failed};
+use super::{Engine, EngineError, PREDICTIONS, QUEUE, SPARE_BUFFERS, failed};
 use crate::geometry::TilePosition;
 use crate::pipeline::{self, Cancel, StageStats};
 
@@ -44,7 +45,7 @@ impl Engine {
         let Self { sessions, batch_size, config, .. } = self;
         let batch_size = *batch_size;
         // As in a run; the buffers hold the tiles already, so that nothing is copied while the clock runs.
-        let pool_size = buffer_count(batch_size, sessions.len(), 0);
+        let pool_size = buffer_count(batch_size, sessions.len(), 0) + SPARE_BUFFERS;
         let (pool, free_buffers) = bounded(pool_size);
         for tile in tiles.iter().cycle().take(pool_size) {
             pool.send(tile.clone()).ok();

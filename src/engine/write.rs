@@ -20,7 +20,7 @@ use crate::report::{FailedTile, OutputRecord};
 use crate::stitch::{Overview, OverviewBuilder, StitchSpec, Strip};
 
 /// Longest side of the map that pictures and regions are made from, in cells.
-const OVERVIEW_SIDE: usize = 4096;
+pub(super) const OVERVIEW_SIDE: usize = 4096;
 /// Side of a tile of the maps' TIFFs.
 const MAP_TILE: u32 = 512;
 /// Effort of the maps' compression: higher levels cost twice the time for 2 % of the size.
@@ -68,6 +68,16 @@ pub(crate) struct SlideResults {
     pub(crate) inferred: u64,
     pub(crate) failed: Vec<FailedTile>,
     pub(crate) class_shares: ClassShares,
+}
+
+impl SlideResults {
+    /// Takes the files away again: those of a slide that has failed.
+    pub(super) fn remove(&self, out: &Path) {
+        for output in &self.outputs {
+            // What can't be removed is replaced when the slide is run again.
+            std::fs::remove_file(out.join(&output.path)).ok();
+        }
+    }
 }
 
 impl Target<'_> {
@@ -249,22 +259,9 @@ impl Maps {
         if !target.emits(Emit::Tiff) {
             return Ok(Self { probabilities: Vec::new(), classes: None, overview });
         }
-        let cell = f64::from(spec.cell);
-        let side = |pixels: u64| u32::try_from(pixels.div_ceil(u64::from(spec.cell))).ok();
-        let region = spec.plane.region;
-        let base = target.plan.pixel_size;
         let description =
             |what: &str| format!("slidestream {what} of slide {} by model {}", target.id, target.card.name);
-        let pyramid = PyramidSpec {
-            width: side(spec.plane.width()).ok_or_else(too_large)?,
-            height: side(spec.plane.height()).ok_or_else(too_large)?,
-            tile_size: MAP_TILE,
-            pixel_size: spec.plane.pixel_size.scaled(cell, cell).unwrap_or(spec.plane.pixel_size),
-            origin_um: origin_um(region, base),
-            description: String::new(),
-            reduce: Reduce::Mean,
-            deflate_level: MAP_DEFLATE,
-        };
+        let pyramid = pyramid_spec(target.plan, spec).ok_or_else(too_large)?;
         let mut probabilities = Vec::new();
         let names = target.class_names();
         for (name, file) in names.iter().zip(file_names(&names)) {
@@ -278,6 +275,22 @@ impl Maps {
         let classes = Some(PyramidWriter::create(&target.path("classes", "tif"), &spec)?);
         Ok(Self { probabilities, classes, overview })
     }
+}
+
+/// The pyramid of one class's probability, without a description; `None` if the map is too large for a TIFF.
+pub(super) fn pyramid_spec(plan: &SlidePlan, spec: &StitchSpec) -> Option<PyramidSpec> {
+    let cell = f64::from(spec.cell);
+    let side = |pixels: u64| u32::try_from(pixels.div_ceil(u64::from(spec.cell))).ok();
+    Some(PyramidSpec {
+        width: side(spec.plane.width())?,
+        height: side(spec.plane.height())?,
+        tile_size: MAP_TILE,
+        pixel_size: spec.plane.pixel_size.scaled(cell, cell).unwrap_or(spec.plane.pixel_size),
+        origin_um: origin_um(spec.plane.region, plan.pixel_size),
+        description: String::new(),
+        reduce: Reduce::Mean,
+        deflate_level: MAP_DEFLATE,
+    })
 }
 
 fn origin_um(region: Level0Rect, pixel_size: PixelSize) -> (f64, f64) {

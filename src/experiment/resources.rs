@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
+pub(super) use crate::engine::memory::{forget_peak as forget_peak_host_bytes, peak as peak_host_bytes};
 use crate::inference::Device;
 use crate::inference::device::{GpuInfo, GpuMonitor};
 
@@ -114,25 +115,11 @@ pub(super) fn cpu_secs() -> Option<f64> {
     system.process(own).map(|process| process.accumulated_cpu_time() as f64 / 1e3)
 }
 
-/// Forgets the largest resident memory so far; only Linux can.
-pub(super) fn forget_peak_host_bytes() {
-    // `man 5 proc`: 5 sets the peak back to what is resident now. Without it the peak is since the start.
-    std::fs::write("/proc/self/clear_refs", "5").ok();
-}
-
 /// Memory that can be had without swapping; `None` if the system does not tell.
 pub(super) fn available_bytes() -> Option<u64> {
     let mut system = System::new().ok()?;
     system.refresh_memory();
     Some(system.available_memory()).filter(|bytes| *bytes > 0)
-}
-
-/// Largest resident memory of this process so far; only Linux tells.
-pub(super) fn peak_host_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
 }
 
 #[cfg(test)]

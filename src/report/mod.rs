@@ -33,7 +33,7 @@ pub use self::predict::{
 pub use self::simulate::{
     EstimateRecord, FormulaRecord, ModelSizeRecord, PointRecord, SIMULATE_SCHEMA, SimulateRecord, Simulation,
 };
-pub use self::text::{count, duration, significant};
+pub use self::text::{bytes, count, duration, significant};
 pub use self::trace::{TraceRow, trace_json};
 pub use html::{bench_html, compare_html, evaluate_html};
 
@@ -219,6 +219,9 @@ pub struct SlideRecord {
     pub class_shares: BTreeMap<String, f64>,
     /// The times of the run.
     pub timing: Option<TimingRecord>,
+    /// What it took of the host's memory; absent if it was not planned, or the system doesn't tell.
+    #[serde(default)]
+    pub memory: Option<MemoryRecord>,
     /// What happened that the reader of the results should know.
     pub notes: Vec<String>,
     /// The files, with their checksums.
@@ -312,6 +315,21 @@ pub struct TimingRecord {
     pub relief: String,
     /// Each stage in order.
     pub stages: Vec<StageRecord>,
+}
+
+/// What a slide takes of the host's memory, all that the process holds included.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRecord {
+    /// The most that was expected, before the tiles were read.
+    pub expected_bytes: u64,
+    /// What makes it up, by what it is for; less than the whole if planning the slide took more.
+    pub parts: BTreeMap<String, u64>,
+    /// What was allowed.
+    pub limit_bytes: Option<u64>,
+    /// Whether less was kept ready than is best for speed, because of the limit.
+    pub lowered: bool,
+    /// The most that was resident, from the opening of the slide on; absent before its tiles are done.
+    pub peak_bytes: Option<u64>,
 }
 
 /// The time of one stage, over all its workers.
@@ -426,6 +444,7 @@ mod tests {
             coverage: None,
             class_shares: BTreeMap::new(),
             timing: None,
+            memory: None,
             notes: Vec::new(),
             outputs: Vec::new(),
         }

@@ -119,7 +119,8 @@ pub(super) fn points(share: f64) -> String {
 }
 
 /// `3.4 GiB`.
-pub(super) fn bytes(value: u64) -> String {
+#[must_use]
+pub fn bytes(value: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let (mut size, mut unit) = (value as f64, 0);
     while size >= 1023.5 && unit + 1 < units.len() {
