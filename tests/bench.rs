@@ -238,6 +238,11 @@ fn what_makes_no_sense_is_refused() {
     let (out, kept) = (place.at("kept"), place.write("kept/bench.json", "{}"));
     let own = ["--vit", SMALL, "--out", out.to_str().unwrap(), "--baseline", kept.to_str().unwrap()];
     bench(&place, "vit", &own).code(2).says(&["--out would replace it"]);
+    let file = ["--vit", SMALL, "--out", kept.to_str().unwrap()];
+    for what in ["vit", "lora"] {
+        let refused = bench(&place, what, &file).code(1).says(&["bench.json: can't be written"]);
+        assert!(!refused.stderr.contains("measuring"), "{}", refused.stderr);
+    }
     bench(&place, "lora", &["--vit", SMALL, "--targets", "qvk"]).code(1).says(&["target \"qvk\"", "help: "]);
     bench(&place, "lora", &["--vit", SMALL, "--targets", ""]).code(1).says(&["target \"\": none of"]);
     bench(&place, "lora", &["--vit", SMALL, "--ranks", "0"]).code(2);

@@ -12,7 +12,7 @@ use slidestream::experiment::optimize::Precision;
 use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest, device};
 use slidestream::native;
 use slidestream::onnx::vit::{Pool, VitConfig};
-use slidestream::output::write_atomic;
+use slidestream::output::{try_folder, write_atomic};
 use slidestream::report::bench::{
     BENCH_SCHEMA, Bench, BenchEntry, BenchRecord, Rate, Rated, changes, insights, regressions, to_csv,
 };
@@ -285,7 +285,8 @@ impl Common {
         }
     }
 
-    /// The rates that none may fall below; read before anything is measured, which must be all of them.
+    /// The rates that none may fall below, which must all be measured; before any is, and once the folder of the results was
+    /// tried.
     fn gate(&self, is_measured: impl Fn(&Rate) -> bool) -> Result<Option<Rated>, Failure> {
         if !(0.0..1.0).contains(&self.max_regression) {
             return Err(Failure::usage(format!("--max-regression {}: must be from 0 to below 1", self.max_regression)));
@@ -295,6 +296,9 @@ impl Common {
             |(file, out): (&PathBuf, &PathBuf)| path(file).is_some() && path(file) == path(&out.join("bench.json"));
         if self.baseline.as_ref().zip(self.out.as_ref()).is_some_and(is_replaced) {
             return Err(Failure::usage("--baseline: --out would replace it; keep it elsewhere"));
+        }
+        if let Some(out) = &self.out {
+            try_folder(out)?;
         }
         let Some(file) = &self.baseline else { return Ok(None) };
         let baseline = read(file)?;
@@ -361,23 +365,14 @@ impl Common {
             insights: insights(&found),
             found,
         };
-        let mut written = Vec::new();
-        if let Some(out) = &self.out {
-            let table = to_csv(&record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
-            for (name, bytes) in [
-                ("bench.csv", table),
-                ("bench.html", bench_html(&record).into_bytes()),
-                ("bench.json", to_json(&record)),
-            ] {
-                write_atomic(&out.join(name), &bytes)?;
-                written.push(out.join(name));
-            }
-        }
+        let written = self.out.as_ref().map_or(Ok(Vec::new()), |out| write(&record, out));
         if self.json {
             show(&String::from_utf8_lossy(&to_json(&record)));
         } else {
-            show(&summary(&record, &written));
+            show(&summary(&record, written.as_ref().map_or(&[], Vec::as_slice)));
         }
+        // Only now: what was found is not lost with a disk that is full.
+        written?;
         let Some(gate) = gate else { return Ok(Outcome::Done) };
         let now = Rated::from(&record);
         other_machine(gate, &now).into_iter().for_each(|warning| say(&warning));
@@ -385,6 +380,15 @@ impl Common {
         failed.iter().for_each(|reason| say(&format!("regression: {reason}")));
         Ok(if failed.is_empty() { Outcome::Done } else { Outcome::GateFailed })
     }
+}
+
+/// Writes the files, which are returned.
+fn write(record: &BenchRecord, out: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let table = to_csv(record).map_err(|error| Failure { message: error.to_string(), hint: None, code: 1 })?;
+    let files =
+        [("bench.csv", table), ("bench.html", bench_html(record).into_bytes()), ("bench.json", to_json(record))];
+    let write = |(name, bytes): (&str, Vec<u8>)| Ok(write_atomic(&out.join(name), &bytes).map(|_| out.join(name))?);
+    files.into_iter().map(write).collect()
 }
 
 fn summary(record: &BenchRecord, written: &[PathBuf]) -> String {

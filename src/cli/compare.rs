@@ -8,7 +8,7 @@ use slidestream::engine::cohort;
 use slidestream::experiment::compare::{self, Alone, CompareRequest, Gates, MostFlips};
 use slidestream::inference::{DeviceRequest, ModelCard, ProviderRequest};
 use slidestream::native;
-use slidestream::output::{prepare_folder, write_atomic};
+use slidestream::output::{try_folder, write_atomic};
 use slidestream::report::compare::{
     COMPARE_SCHEMA, CompareRecord, Findings, GateRecord, LadderRow, RateRecord, conclusions, to_csv,
 };
@@ -86,7 +86,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         }
     };
     let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.model[0], "compare"));
-    prepare_folder(&out)?;
+    try_folder(&out)?;
     let found = compare::compare(&request, &mut |step| own_process::again("--alone", step.to_string()), &mut talk)?;
     let record = record(found, started);
     let written = write(&record, &out);

@@ -20,8 +20,8 @@ use super::{Failure, Outcome, columns, prepare, say, show, table};
 const LABELS: &str = "\
 Labels and folders have the names of classes; the values of a mask are indices of classes, or 255
 for what has no label. Of a model with one class, 1 is that class too, and one other name, whatever
-it is, such as normal or 0, stands for what is not it, and is told; a mask has 1 or 255 where the class is, and
-0 elsewhere. No image may be labelled twice.";
+it is, such as normal or 0, stands for what is not it, and is told; a mask has 1 or 255 where the
+class is, and 0 elsewhere. No image may be labelled twice.";
 
 /// Writes evaluate.json, evaluate.html and predictions.csv; exit code 3 if images can't be read
 #[derive(clap::Args, Debug)]

@@ -113,7 +113,7 @@ fn request(args: &Args, card: &ModelCard) -> Result<OptimizeRequest, Failure> {
     precisions.sort_unstable();
     precisions.dedup();
     let out = args.out.clone().unwrap_or_else(|| prepare::beside(&args.model, "optimized"));
-    output::prepare_folder(&out)?;
+    output::try_folder(&out)?;
     let count = args.tiles as usize;
     let (tiles, calibration) = if args.calibrate.is_empty() {
         (TileSet::synthetic(card.tile_size, count, args.seed), None)

@@ -7,7 +7,7 @@ use super::ExperimentError;
 use crate::inference::ModelCard;
 use crate::output;
 
-/// Makes sure that `written` can be written into `folder`, which is made, and that none of them is among `read`.
+/// Makes sure that `written` can be written into `folder`, and that none of them is among `read`.
 pub(super) fn prepare(
     folder: &Path,
     written: &[PathBuf],
@@ -23,7 +23,7 @@ pub(super) fn prepare(
             return in_the_way("is a folder where a result is to be written");
         }
     }
-    Ok(output::prepare_folder(folder)?)
+    Ok(output::try_folder(folder)?)
 }
 
 /// The files of a model: its card and its weights.
@@ -75,6 +75,7 @@ mod tests {
         let results = [out.join("a.json"), out.join("a.csv")];
         prepare(&out, &results, [input.clone()]).unwrap();
         // The results of an earlier run may lie there.
+        fs::create_dir(&out).unwrap();
         results.iter().for_each(|path| fs::write(path, "").unwrap());
         prepare(&out, &results, [input.clone()]).unwrap();
         let error = prepare(&out, &results, [input, folder.path().join("none/../out/a.csv")]).unwrap_err();

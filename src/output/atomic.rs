@@ -172,17 +172,22 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<Written, OutputError> {
     file.commit()
 }
 
-/// Makes a folder of results, with the folders above it, and tries that files can be written there. It is cheap, so that
+/// Tries that files can be written into a folder, which need not exist yet, and leaves nothing behind. It is cheap, so that
 /// it stands before long work whose results would otherwise be lost.
 ///
 /// # Errors
 /// [`OutputError::Write`] naming `folder`.
-pub fn prepare_folder(folder: &Path) -> Result<(), OutputError> {
-    fs::create_dir_all(folder).map_err(OutputError::write(folder))?;
+pub fn try_folder(folder: &Path) -> Result<(), OutputError> {
+    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let missing: Vec<&Path> = folder.ancestors().take_while(is_missing).collect();
     let mut builder = tempfile::Builder::new();
     builder.prefix(".trial.").suffix(".partial");
-    builder.tempfile_in(folder).map_err(OutputError::write(folder))?;
-    Ok(())
+    let tried = fs::create_dir_all(folder).and_then(|()| builder.tempfile_in(folder)).map(drop);
+    // The deepest comes first, and none that holds something is removed.
+    for folder in missing {
+        fs::remove_dir(folder).ok();
+    }
+    tried.map_err(OutputError::write(folder))
 }
 
 /// Whether `path` is named like the remains of an [`AtomicFile`] that was never committed.
@@ -304,16 +309,18 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_folder_is_tried_and_nothing_stays_there() {
+    fn a_folder_is_tried_and_nothing_stays_behind() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("a/b");
-        for _ in 0..2 {
-            prepare_folder(&out).unwrap();
-            assert!(names_in(&out).is_empty());
-        }
+        try_folder(&out).unwrap();
+        try_folder(&folder.path().join("c/../d")).unwrap();
+        assert!(names_in(folder.path()).is_empty());
+        fs::create_dir_all(&out).unwrap();
+        try_folder(&out).unwrap();
+        assert!(out.is_dir() && names_in(&out).is_empty());
         fs::write(out.join("file"), b"").unwrap();
         for name in ["file", "file/below"] {
-            let error = prepare_folder(&out.join(name)).unwrap_err();
+            let error = try_folder(&out.join(name)).unwrap_err();
             assert!(error.to_string().ends_with(&format!("{name}: can't be written")), "{error}");
             assert_eq!(error.hint(), Some("choose another `out`: a file or folder of that name is in the way"));
         }
@@ -322,7 +329,7 @@ pub(super) mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_folder_that_takes_no_files_is_refused() {
-        let error = prepare_folder(Path::new("/proc/self")).unwrap_err();
+        let error = try_folder(Path::new("/proc/self")).unwrap_err();
         assert!(error.to_string().contains("/proc/self: can't be written"), "{error}");
     }
 

@@ -17,7 +17,7 @@ mod region_geojson;
 mod tile_csv;
 mod tile_geojson;
 
-pub use atomic::{AtomicFile, Written, is_partial, prepare_folder, write_atomic};
+pub use atomic::{AtomicFile, Written, is_partial, try_folder, write_atomic};
 pub use features_h5::{
     Coords, FeatureFormat, FeaturesWriter, GridLevel, Profile, TileAttributes, nominal_magnification, read_coords_h5,
     write_coords_h5,

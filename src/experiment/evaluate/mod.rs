@@ -35,7 +35,7 @@ pub struct EvaluateRequest {
     pub options: PredictorOptions,
     /// How an image of another size becomes a tile; a map takes any size.
     pub fit: Fit,
-    /// Where [`FILES`] will be written; made and tried before the work.
+    /// Where [`FILES`] will be written; tried before the work.
     pub out: PathBuf,
 }
 

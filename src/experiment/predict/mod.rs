@@ -37,7 +37,7 @@ pub struct PredictRequest {
     pub options: PredictorOptions,
     /// Most tiles of an image that a classifier sees, evenly sampled; 0 for all. A map is of all pixels.
     pub max_tiles: usize,
-    /// Where masks and overlays go, and [`FILE`]; made and tried before the work.
+    /// Where masks and overlays go, and [`FILE`]; tried before the work.
     pub out: Option<PathBuf>,
 }
 
