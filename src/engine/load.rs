@@ -117,6 +117,7 @@ impl Engine {
             is_split_due,
             batch_size,
             warm_batch: 0,
+            cold_bytes: 0,
             model_bytes: None,
             room: Room::AMPLE,
             model,

@@ -30,6 +30,8 @@ const ENCODER_BYTES: u64 = 1 << 20;
 const CORNER_BYTES: u64 = 3 * 2 * 16;
 /// The overview's regions and their contours, for each of its cells: what a map of noise takes.
 const CONTOUR_BYTES: u64 = 5;
+/// One in so many bytes is not found among those that earlier slides gave back: they lie scattered.
+const SCATTERED: u64 = 4;
 /// What all stages note of a tile in a trace, and the text of it.
 const TRACE_BYTES: u64 = 4096;
 
@@ -76,12 +78,14 @@ pub struct MemoryParts {
     pub tables: u64,
     /// What every worker did when.
     pub trace: u64,
+    /// What earlier slides gave back and this one can't use again.
+    pub earlier: u64,
 }
 
 impl MemoryParts {
     /// Each part under its name.
     #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 11] {
+    pub fn named(&self) -> [(&'static str, u64); 12] {
         [
             ("model", self.model),
             ("plan", self.plan),
@@ -94,6 +98,7 @@ impl MemoryParts {
             ("pictures", self.pictures),
             ("tables", self.tables),
             ("trace", self.trace),
+            ("earlier slides", self.earlier),
         ]
     }
 
@@ -140,7 +145,7 @@ impl MemoryPlan {
         let lowered = match self.limit {
             Some(limit) if self.is_lowered() => {
                 let limit = report::bytes(limit);
-                format!("; to stay below {limit}, fewer tiles and decoded pixels are kept ready, which takes longer")
+                format!("; because of the limit of {limit} fewer tiles and decoded pixels are kept ready")
             }
             _ => String::new(),
         };
@@ -173,6 +178,17 @@ impl MemoryPlan {
     }
 }
 
+/// What is taken before a slide's tiles are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Before {
+    /// Beside any slide: [`MemoryParts::model`].
+    pub(super) model: u64,
+    /// What earlier slides gave back, as far as it is resident still.
+    pub(super) given_back: u64,
+    /// The most while the slide was planned, all included.
+    pub(super) peak: u64,
+}
+
 /// A slide's run, as far as its memory depends on it.
 pub(super) struct Work<'a> {
     pub(super) plan: &'a SlidePlan,
@@ -187,16 +203,16 @@ pub(super) struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Plans the memory beside `model_bytes`; where it would be above `limit`, what changes no result is lowered as far
-    /// as that helps.
+    /// Plans the memory; where it would be above `limit`, what changes no result is lowered as far as that helps.
     ///
     /// # Errors
     /// Those of the slide's levels.
-    pub(super) fn plan(&self, model_bytes: u64, so_far: u64, limit: Option<u64>) -> Result<MemoryPlan, EngineError> {
+    pub(super) fn plan(&self, before: Before, limit: Option<u64>) -> Result<MemoryPlan, EngineError> {
         let slide = self.plan;
         let options = ReadOptions { tile_size: slide.plane.tile_size, icc: self.config.icc };
         let reading = TileReader::memory(&slide.slide, &slide.choice, options, &slide.positions, self.readers)?;
-        let with = |room| Ok(MemoryPlan { parts: self.parts(model_bytes, reading, room)?, so_far, limit, room });
+        let with =
+            |room| Ok(MemoryPlan { parts: self.parts(before, reading, room)?, so_far: before.peak, limit, room });
         let ample: MemoryPlan = with(Room::AMPLE)?;
         let Some(limit) = limit.filter(|limit| ample.parts.total() > *limit) else { return Ok(ample) };
         // What is left is for the decoded tiles: without them the same ones are decoded again and again.
@@ -205,7 +221,7 @@ impl Work<'_> {
         with(Room { decoded_bytes: (left < reading.held).then_some(left), ..Room::LEAST })
     }
 
-    fn parts(&self, model: u64, reading: ReadMemory, room: Room) -> Result<MemoryParts, EngineError> {
+    fn parts(&self, before: Before, reading: ReadMemory, room: Room) -> Result<MemoryParts, EngineError> {
         let Self { plan, card, config, batch_size, sessions, readers, threads, is_traced } = *self;
         let emits = |kind| config.emit.contains(&kind);
         let count = plan.positions.len() as u64;
@@ -229,9 +245,9 @@ impl Work<'_> {
         };
         let files = config.emit.len() + spec.map_or(0, |spec| spec.class_count);
         let corners = if card.task == Task::Features && emits(Emit::H5) { CORNER_BYTES * count } else { 0 };
-        Ok(MemoryParts {
-            model,
-            plan: plan_bytes(plan),
+        let new = MemoryParts {
+            model: 0,
+            plan: 0,
             reading: held + readers as u64 * reading.per_reader,
             tiles: on_their_way * 3 * pixels,
             predictions: on_their_way * values * size_of::<f32>() as u64,
@@ -241,7 +257,11 @@ impl Work<'_> {
             pictures: pictures::memory_bytes(plan, &config.emit, spec.is_some())?,
             tables: corners + files as u64 * FILE_BYTES,
             trace: if is_traced { TRACE_BYTES * count } else { 0 },
-        })
+            earlier: 0,
+        };
+        let used_again = new.total() - new.total() / SCATTERED;
+        let earlier = before.given_back.saturating_sub(used_again);
+        Ok(MemoryParts { model: before.model, plan: plan_bytes(plan), earlier, ..new })
     }
 }
 

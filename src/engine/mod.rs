@@ -35,8 +35,8 @@ pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
 pub(crate) use self::load::model_record;
+use self::memory::{Before, Resident, Room, Work, buffer_count};
 pub use self::memory::{MemoryParts, MemoryPlan};
-use self::memory::{Resident, Room, Work, buffer_count};
 use self::pictures::EarlyPictures;
 pub(crate) use self::pictures::SlidePicture;
 use self::plan::SlidePlan;
@@ -77,7 +77,9 @@ pub struct Engine {
     batch_size: NonZeroUsize,
     /// Tiles of the largest batch that the sessions have run beforehand.
     warm_batch: usize,
-    /// What is resident beside a slide: the least since the sessions are warm.
+    /// What the sessions that have run no batch will take with their first.
+    cold_bytes: u64,
+    /// What is resident beside a slide, with that: the least since the sessions are warm.
     model_bytes: Option<u64>,
     /// What may be kept ready for the next slide.
     room: Room,
@@ -124,12 +126,16 @@ impl Engine {
     /// # Errors
     /// Those of [`warm_up`](Self::warm_up).
     pub(crate) fn warm_up_gpus(&mut self) -> Result<(), EngineError> {
-        let runs_on_gpu = self.factories.iter().any(SessionFactory::runs_on_gpu);
-        if runs_on_gpu { self.warm_up(usize::MAX) } else { Ok(()) }
+        if self.runs_on_gpus() { self.warm_up(usize::MAX) } else { Ok(()) }
     }
 
-    /// Infers batches of no tile in particular with every session that so many tiles need, unless they have run as large
-    /// ones: what a session takes of memory is made by then.
+    fn runs_on_gpus(&self) -> bool {
+        self.factories.iter().any(SessionFactory::runs_on_gpu)
+    }
+
+    /// Infers batches of no tile in particular, as large as so many tiles need, unless as large ones have run: what a
+    /// session takes of memory is made by then. On GPUs with every session; on a CPU with one, which tells what the others
+    /// will take, as there the time is lost.
     ///
     /// # Errors
     /// Those of the session. That memory does not suffice is left to the slide, which lowers the batch.
@@ -141,16 +147,25 @@ impl Engine {
         let side = self.card.tile_size as usize;
         let tile = vec![128; side * side * 3];
         let batch = vec![tile.as_slice(); batch_size];
-        let needed = self.sessions.len().min(tiles.div_ceil(batch_size));
+        let warmed = if self.runs_on_gpus() { self.sessions.len() } else { 1 };
         // After the first batch ONNX Runtime knows what the graph needs, and takes it in one piece with the second.
         let twice = |session: &mut Box<dyn Session>| (0..2).try_for_each(|_| session.predict(&batch).map(drop));
-        let predicted = self.sessions[..needed].par_iter_mut().map(twice);
+        let before = Resident::read();
+        let predicted = self.sessions[..warmed].par_iter_mut().map(twice);
         match predicted.collect::<Result<(), SessionError>>() {
-            Ok(()) => (self.warm_batch, self.model_bytes) = (batch_size, None),
+            Ok(()) => self.is_warm(batch_size, warmed, before),
             Err(SessionError::OutOfMemory { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(())
+    }
+
+    /// Notes that the first `warmed` sessions have run such batches, and what the others will take by that.
+    fn is_warm(&mut self, batch_size: usize, warmed: usize, before: Option<Resident>) {
+        let grown = before.zip(Resident::read()).map_or(0, |(before, after)| after.now.saturating_sub(before.now));
+        let others = self.sessions.len().saturating_sub(warmed) as u64;
+        (self.warm_batch, self.model_bytes, self.cold_bytes) =
+            (batch_size, None, others * grown / warmed.max(1) as u64);
     }
 
     /// Plans what a slide takes of the host's memory; from here on no more is kept ready than that. `None` where the system
@@ -167,9 +182,9 @@ impl Engine {
         let Some(resident) = Resident::read() else {
             return if limit.is_some() { Err(EngineError::MemoryUnknown) } else { Ok(None) };
         };
-        // What an earlier slide gave back may be resident still, and is used again.
-        let now = resident.now.saturating_sub(memory::plan_bytes(plan));
-        let model_bytes = *self.model_bytes.insert(self.model_bytes.map_or(now, |least| least.min(now)));
+        let now = resident.now.saturating_sub(memory::plan_bytes(plan)) + std::mem::take(&mut self.cold_bytes);
+        let model = *self.model_bytes.insert(self.model_bytes.map_or(now, |least| least.min(now)));
+        let before = Before { model, given_back: now - model, peak: resident.peak };
         let work = Work {
             plan,
             card: &self.card,
@@ -180,7 +195,7 @@ impl Engine {
             threads: rayon::current_num_threads(),
             is_traced,
         };
-        let planned = work.plan(model_bytes, resident.peak, limit)?;
+        let planned = work.plan(before, limit)?;
         self.room = planned.room;
         Ok(Some(planned))
     }
@@ -193,11 +208,13 @@ impl Engine {
     pub(crate) fn split_cores(&mut self, plan: &SlidePlan) -> Result<Option<String>, EngineError> {
         let Some(session) = self.sessions.first_mut().filter(|_| self.is_split_due) else { return Ok(None) };
         let options = ReadOptions { tile_size: plan.plane.tile_size, icc: self.config.icc };
+        let before = Resident::read();
         let Some(cost) = TileCost::measure(plan, options, session.as_mut())? else { return Ok(None) };
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let split = cost.split(cores);
         self.readers = NonZeroUsize::new(split.readers).unwrap_or(NonZeroUsize::MIN);
         self.sessions.truncate(split.sessions);
+        self.is_warm(1, 1, before);
         self.is_split_due = false;
         self.execution.readers = split.readers;
         self.execution.sessions = self.sessions.len();
@@ -437,6 +454,7 @@ mod tests {
             readers: NonZeroUsize::new(2).unwrap(),
             batch_size: NonZeroUsize::new(batch_size).unwrap(),
             warm_batch: usize::MAX,
+            cold_bytes: 0,
             model_bytes: None,
             room: Room::AMPLE,
             is_split_due: false,
@@ -486,7 +504,8 @@ mod tests {
         let (card, config, batch_size) = (&engine.card, &engine.config, engine.batch_size);
         let work =
             Work { plan: &plan, card, config, batch_size, sessions: 1, readers: 2, threads: 1, is_traced: false };
-        let ample = work.plan(10_000_000, 0, None).unwrap();
+        let before = Before { model: 10_000_000, ..Before::default() };
+        let ample = work.plan(before, None).unwrap();
         let (file_tile, tile) = (256 * 256 * 3, 64 * 64 * 3);
         let expected = MemoryParts {
             model: 10_000_000,
@@ -504,31 +523,37 @@ mod tests {
             pictures: 0,
             tables: 4 * (512 << 10),
             trace: 0,
+            earlier: 0,
         };
         assert_eq!((ample.parts, ample.is_lowered(), ample.check(&plan).is_ok()), (expected, false, true));
         assert_eq!(ample.expected(), expected.total());
         assert!(
-            work.plan(10_000_000, 0, Some(expected.total())).unwrap()
+            work.plan(before, Some(expected.total())).unwrap()
                 == MemoryPlan { limit: Some(expected.total()), ..ample.clone() }
         );
 
-        let lowered = work.plan(10_000_000, 0, Some(expected.total() - 1)).unwrap();
+        let lowered = work.plan(before, Some(expected.total() - 1)).unwrap();
         assert_eq!(lowered.parts, MemoryParts { tiles: 16 * tile, predictions: 16 * 3 * 4, ..expected });
         assert!(lowered.is_lowered() && lowered.check(&plan).is_ok());
         // The decoded tiles of the file have what is left.
         let without = lowered.parts.total() - 3 * file_tile;
-        let lowest = work.plan(10_000_000, 0, Some(without + 1000)).unwrap();
+        let lowest = work.plan(before, Some(without + 1000)).unwrap();
         assert_eq!((lowest.parts.reading, lowest.room.decoded_bytes), (6 * file_tile + 1000, Some(1000)));
         assert!(lowest.check(&plan).is_ok());
 
-        let error = work.plan(10_000_000, 0, Some(without - 1)).unwrap().check(&plan).unwrap_err();
+        let error = work.plan(before, Some(without - 1)).unwrap().check(&plan).unwrap_err();
         let EngineError::MemoryTooLittle { expected, limit, part, bytes, .. } = &error else { panic!("{error}") };
         assert_eq!((*expected, *limit, *part, *bytes), (without, without - 1, "model", 10_000_000));
         assert!(error.hint().unwrap().contains("`sessions`"));
         // Planning the slide may have taken more than all that is to come.
-        let before = work.plan(10_000_000, 90_000_000, Some(80_000_000)).unwrap();
-        assert_eq!(before.expected(), 90_000_000);
-        assert!(matches!(before.check(&plan), Err(EngineError::MemoryExceeded { peak: 90_000_000, .. })));
+        let after_much = work.plan(Before { peak: 90_000_000, ..before }, Some(80_000_000)).unwrap();
+        assert_eq!(after_much.expected(), 90_000_000);
+        assert!(matches!(after_much.check(&plan), Err(EngineError::MemoryExceeded { peak: 90_000_000, .. })));
+        // Of what an earlier slide gave back, this one uses three quarters of its own again.
+        let own = ample.parts.total() - ample.parts.model - ample.parts.plan;
+        let second = work.plan(Before { given_back: 9_000_000, ..before }, None).unwrap();
+        assert_eq!(second.parts, MemoryParts { earlier: 9_000_000 - (own - own / 4), ..ample.parts });
+        assert_eq!(work.plan(Before { given_back: 1_000_000, ..before }, None).unwrap().parts, ample.parts);
     }
 
     #[test]
