@@ -31,7 +31,7 @@ const CORNER_BYTES: u64 = 3 * 2 * 16;
 /// The overview's regions and their contours, for each of its cells: what a map of noise takes.
 const CONTOUR_BYTES: u64 = 5;
 /// One in so many bytes is not found among those that earlier slides gave back: they lie scattered.
-const SCATTERED: u64 = 4;
+const SCATTERED: u64 = 3;
 /// What all stages note of a tile in a trace, and the text of it.
 const TRACE_BYTES: u64 = 4096;
 

@@ -507,11 +507,13 @@ mod tests {
         let before = Before { model: 10_000_000, ..Before::default() };
         let ample = work.plan(before, None).unwrap();
         let (file_tile, tile) = (256 * 256 * 3, 64 * 64 * 3);
+        // A row of three tiles of the file, and a fifth more in buffers.
+        let held = 3 * file_tile + 3 * file_tile / 5;
         let expected = MemoryParts {
             model: 10_000_000,
             plan: 50 * 32,
-            // A row of three tiles of the file, and three times a tile for each reader.
-            reading: 3 * file_tile + 2 * 3 * file_tile,
+            // What is held, and three times a tile for each reader.
+            reading: held + 2 * 3 * file_tile,
             // Two batches of two for the session, four that wait, two tiles for each reader, and 24 to spare.
             tiles: (4 + 8 + 4 + 24) * tile,
             predictions: 40 * 3 * 4,
@@ -536,7 +538,7 @@ mod tests {
         assert_eq!(lowered.parts, MemoryParts { tiles: 16 * tile, predictions: 16 * 3 * 4, ..expected });
         assert!(lowered.is_lowered() && lowered.check(&plan).is_ok());
         // The decoded tiles of the file have what is left.
-        let without = lowered.parts.total() - 3 * file_tile;
+        let without = lowered.parts.total() - held;
         let lowest = work.plan(before, Some(without + 1000)).unwrap();
         assert_eq!((lowest.parts.reading, lowest.room.decoded_bytes), (6 * file_tile + 1000, Some(1000)));
         assert!(lowest.check(&plan).is_ok());
@@ -549,10 +551,10 @@ mod tests {
         let after_much = work.plan(Before { peak: 90_000_000, ..before }, Some(80_000_000)).unwrap();
         assert_eq!(after_much.expected(), 90_000_000);
         assert!(matches!(after_much.check(&plan), Err(EngineError::MemoryExceeded { peak: 90_000_000, .. })));
-        // Of what an earlier slide gave back, this one uses three quarters of its own again.
+        // Of what an earlier slide gave back, this one uses two thirds of its own again.
         let own = ample.parts.total() - ample.parts.model - ample.parts.plan;
         let second = work.plan(Before { given_back: 9_000_000, ..before }, None).unwrap();
-        assert_eq!(second.parts, MemoryParts { earlier: 9_000_000 - (own - own / 4), ..ample.parts });
+        assert_eq!(second.parts, MemoryParts { earlier: 9_000_000 - (own - own / 3), ..ample.parts });
         assert_eq!(work.plan(Before { given_back: 1_000_000, ..before }, None).unwrap().parts, ample.parts);
     }
 

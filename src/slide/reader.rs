@@ -109,7 +109,8 @@ impl TileReader {
     /// Lowers the memory that decoded parts of the file may take, for all readers that were opened together; what is not
     /// held is decoded again.
     pub fn hold_at_most(&mut self, bytes: u64) {
-        self.source.hold_at_most(usize::try_from(bytes).unwrap_or(usize::MAX));
+        let tiles = bytes / (source::UNFILLED + 1) * source::UNFILLED;
+        self.source.hold_at_most(usize::try_from(tiles).unwrap_or(usize::MAX));
     }
 
     /// Whether colours are converted: asked for, and the slide has a profile.

@@ -11,6 +11,9 @@ use crate::geometry::{Level, Level0Rect};
 /// What a handle of OpenSlide holds of decoded tiles, unless told otherwise.
 const OPENSLIDE_CACHE_BYTES: u64 = 32 << 20;
 
+/// One buffer to so many held tiles is kept for new ones, or not found again: threads give back what others took.
+pub(super) const UNFILLED: u64 = 5;
+
 /// A rectangle of a level in that level's pixels, `x..x+width` by `y..y+height`; may reach beyond the level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct LevelRect {
@@ -91,7 +94,8 @@ pub(super) fn memory(
     let info = slide.level_info(level)?;
     Ok(match &slide.native {
         Some(pyramid) => {
-            let (held, tile) = native::held_bytes(pyramid, level, planned);
+            let (tiles, tile) = native::held_bytes(pyramid, level, planned);
+            let held = tiles + tiles / UNFILLED;
             // The tile, and at most as much of its compressed data and of the decoder's own.
             ReadMemory { held, least_held: 0, per_reader: 3 * tile }
         }
