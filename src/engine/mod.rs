@@ -182,7 +182,7 @@ impl Engine {
         let Some(resident) = Resident::read() else {
             return if limit.is_some() { Err(EngineError::MemoryUnknown) } else { Ok(None) };
         };
-        let now = resident.now.saturating_sub(memory::plan_bytes(plan)) + std::mem::take(&mut self.cold_bytes);
+        let now = resident.now.saturating_sub(memory::plan_bytes(plan)) + self.cold_bytes;
         let model = *self.model_bytes.insert(self.model_bytes.map_or(now, |least| least.min(now)));
         let before = Before { model, given_back: now - model, peak: resident.peak };
         let work = Work {
@@ -236,6 +236,8 @@ impl Engine {
         conduct: Conduct<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SlideRun, EngineError> {
+        // From here on every session runs. A slide that is refused for its memory does not come so far.
+        self.cold_bytes = 0;
         let mut batch_size = self.batch_size;
         loop {
             match self.try_slide(id, plan, out, batch_size, conduct, progress) {
