@@ -54,7 +54,7 @@ impl TileCache {
         state.capacity_bytes = state.capacity_bytes.min(bytes);
     }
 
-    /// The pixels of a tile; `decode` makes them if no thread has, in a buffer of `bytes` with undefined content.
+    /// The pixels of a tile; `decode` makes them if no thread has, in a buffer with room for `bytes` and undefined content.
     ///
     /// # Errors
     /// Those of `decode`. Every thread that waited for the tile then tries itself.
@@ -62,7 +62,7 @@ impl TileCache {
         &self,
         tile: u32,
         bytes: usize,
-        decode: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        decode: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
     ) -> Result<Arc<Vec<u8>>, E> {
         let mut state = self.lock();
         let mut buffer = loop {
@@ -72,19 +72,18 @@ impl TileCache {
             if let Entry::Vacant(slot) = state.slots.entry(tile) {
                 slot.insert(Slot::Pending);
                 state.decode_count += 1;
-                break state.spare_buffer();
+                break state.spare_buffer(bytes);
             }
             state = self.decoded.wait(state).unwrap_or_else(PoisonError::into_inner);
         };
         drop(state);
         let pending = PendingTile { cache: self, tile };
-        buffer.resize(bytes, 0);
         decode(&mut buffer)?;
         Ok(pending.fill(buffer))
     }
 
     /// Decodes the first of `candidates` that a planned read needs, that no thread has or decodes, and for which there is
-    /// room; says whether there was one. It is kept for those reads.
+    /// room, at most `bytes` of it; says whether there was one. It is kept for those reads.
     ///
     /// # Errors
     /// Those of `decode`. The tile's own read then tries again, and tells.
@@ -92,7 +91,7 @@ impl TileCache {
         &self,
         mut candidates: impl Iterator<Item = u32>,
         bytes: usize,
-        decode: impl FnOnce(u32, &mut [u8]) -> Result<(), E>,
+        decode: impl FnOnce(u32, &mut Vec<u8>) -> Result<(), E>,
     ) -> Result<bool, E> {
         let mut state = self.lock();
         if state.held_bytes + bytes > state.capacity_bytes {
@@ -104,10 +103,9 @@ impl TileCache {
         let Some(tile) = candidates.find(is_free) else { return Ok(false) };
         state.slots.insert(tile, Slot::Pending);
         state.decode_count += 1;
-        let mut buffer = state.spare_buffer();
+        let mut buffer = state.spare_buffer(bytes);
         drop(state);
         let pending = PendingTile { cache: self, tile };
-        buffer.resize(bytes, 0);
         decode(tile, &mut buffer)?;
         pending.keep(buffer);
         Ok(true)
@@ -168,7 +166,7 @@ impl State {
 
     fn drop_tile(&mut self, tile: u32) {
         if let Some(Slot::Ready(rgb)) = self.slots.remove(&tile) {
-            self.held_bytes -= rgb.len();
+            self.held_bytes -= rgb.capacity();
             self.recycle(rgb);
         }
     }
@@ -182,9 +180,10 @@ impl State {
         }
     }
 
-    fn spare_buffer(&mut self) -> Vec<u8> {
-        let buffer = self.spare.pop().unwrap_or_default();
+    fn spare_buffer(&mut self, bytes: usize) -> Vec<u8> {
+        let mut buffer = self.spare.pop().unwrap_or_default();
         self.spare_bytes -= buffer.capacity();
+        buffer.reserve_exact(bytes.saturating_sub(buffer.len()));
         buffer
     }
 }
@@ -213,8 +212,8 @@ impl PendingTile<'_> {
     /// Keeps the tile if planned reads are left and there is room.
     fn hold(&self, state: &mut State, buffer: Vec<u8>, left: u16) -> Arc<Vec<u8>> {
         let rgb = Arc::new(buffer);
-        if left > 0 && state.held_bytes + rgb.len() <= state.capacity_bytes {
-            state.held_bytes += rgb.len();
+        if left > 0 && state.held_bytes + rgb.capacity() <= state.capacity_bytes {
+            state.held_bytes += rgb.capacity();
             state.slots.insert(self.tile, Slot::Ready(Arc::clone(&rgb)));
         }
         rgb
@@ -240,11 +239,13 @@ mod tests {
     use super::*;
 
     fn get(cache: &TileCache, tile: u32) -> Arc<Vec<u8>> {
-        let fill = |rgb: &mut [u8]| {
-            rgb.fill(tile.to_le_bytes()[0]);
-            Ok::<(), ()>(())
-        };
-        cache.get(tile, 100, fill).unwrap()
+        cache.get(tile, 100, |rgb| paint(tile, rgb)).unwrap()
+    }
+
+    fn paint(tile: u32, rgb: &mut Vec<u8>) -> Result<(), ()> {
+        rgb.resize(100, 0);
+        rgb.fill(tile.to_le_bytes()[0]);
+        Ok(())
     }
 
     #[test]
@@ -256,8 +257,7 @@ mod tests {
                     for tile in 0..20 {
                         let rgb = cache.get(tile, 100, |rgb| {
                             std::thread::sleep(Duration::from_millis(2));
-                            rgb.fill(tile.to_le_bytes()[0]);
-                            Ok::<(), ()>(())
+                            paint(tile, rgb)
                         });
                         assert_eq!(*rgb.unwrap(), vec![tile.to_le_bytes()[0]; 100]);
                     }
@@ -301,7 +301,7 @@ mod tests {
         let cache = TileCache::new(250, vec![1, 0, 2, 1, 1]);
         let ahead = |from: u32| {
             cache.ahead(from..5, 100, |tile, rgb| {
-                rgb.fill(tile.to_le_bytes()[0]);
+                paint(tile, rgb).map_err(|()| "")?;
                 if tile == 4 { Err("damaged") } else { Ok(()) }
             })
         };

@@ -1,6 +1,6 @@
-//! Turns a tile's compressed bytes into its pixels: `[tile_height, tile_width, 3]`, RGB8.
+//! Turns a tile's compressed bytes into its pixels: `[rows, tile_width, 3]`, RGB8.
 //!
-//! Either the whole tile is decoded or there is an error; nothing is made up for data that is cut off.
+//! Either all rows that are needed are decoded or there is an error; nothing is made up for data that is cut off.
 
 use std::borrow::Cow;
 
@@ -87,20 +87,28 @@ impl TileDecoder {
         Ok(Self { width: level.tile_width as usize, height: level.tile_height as usize, codec })
     }
 
-    /// Size of a decoded tile in bytes.
+    /// Size of a whole decoded tile in bytes.
     pub(crate) fn rgb_bytes(&self) -> usize {
         self.width * self.height * 3
     }
 
-    /// Decodes a tile into `rgb`, whose length is [`rgb_bytes`](Self::rgb_bytes).
+    /// Decodes a tile down to row `rows` at least, into `rgb`, whose content is replaced. It becomes as long as the rows that
+    /// were decoded: of JPEG little more than were asked for, else all.
     ///
     /// # Errors
-    /// [`TileError`] if the data is damaged, cut off, or of another size or kind than the level's; `rgb` is then
-    /// undefined.
-    pub(crate) fn decode(&self, data: &[u8], scratch: &mut DecodeScratch, rgb: &mut [u8]) -> Result<(), TileError> {
+    /// [`TileError`] if the data is damaged or cut off within these rows, or of another size or kind than the level's; `rgb`
+    /// is then undefined.
+    pub(crate) fn decode(
+        &self,
+        data: &[u8],
+        rows: u32,
+        scratch: &mut DecodeScratch,
+        rgb: &mut Vec<u8>,
+    ) -> Result<(), TileError> {
         match &self.codec {
-            Codec::Jpeg { tables, tile } => jpeg::decode(data, tables, *tile, &mut scratch.0, rgb),
+            Codec::Jpeg { tables, tile } => jpeg::decode(data, tables, *tile, rows, &mut scratch.0, rgb),
             Codec::Samples { compression, has_predictor } => {
+                rgb.resize(self.rgb_bytes(), 0);
                 self.decode_samples(data, *compression, *has_predictor, rgb)
             }
         }
@@ -241,8 +249,9 @@ mod tests {
 
     fn decode(level: &TiledLevel, data: &[u8]) -> Result<Vec<u8>, TileError> {
         let decoder = TileDecoder::new(level)?;
-        let mut rgb = vec![0xaa; decoder.rgb_bytes()];
-        decoder.decode(data, &mut DecodeScratch::default(), &mut rgb)?;
+        let mut rgb = vec![0xaa; 5];
+        decoder.decode(data, 1, &mut DecodeScratch::default(), &mut rgb)?;
+        assert_eq!(rgb.len(), decoder.rgb_bytes());
         Ok(rgb)
     }
 

@@ -19,12 +19,12 @@ pub fn read_file(bytes: &[u8]) {
             let start = usize::try_from(*offset).ok()?;
             bytes.get(start..start.checked_add(*count as usize)?)
         });
-        decode(level, tiles);
+        decode(level, level.tile_height, tiles);
     }
 }
 
-/// Decodes `bytes` as a tile: the first byte says what kind of level it is of, the second its size, the third how many
-/// bytes of JPEG tables follow.
+/// Decodes `bytes` as a tile: the first byte says what kind of level it is of, the second its size and how much of it is
+/// needed, the third how many bytes of JPEG tables follow.
 pub fn read_tile(bytes: &[u8]) {
     let &[kind, size, tables, ref rest @ ..] = bytes else { return };
     let compression = match kind % 4 {
@@ -52,18 +52,19 @@ pub fn read_tile(bytes: &[u8]) {
         tile_offsets: vec![8],
         tile_byte_counts: vec![1],
     };
-    decode(&level, [data].into_iter());
+    let quarters = 4 - u32::from(size >> 6);
+    decode(&level, level.tile_height * quarters / 4, [data].into_iter());
 }
 
-fn decode<'a>(level: &TiledLevel, tiles: impl Iterator<Item = &'a [u8]>) {
+fn decode<'a>(level: &TiledLevel, rows: u32, tiles: impl Iterator<Item = &'a [u8]>) {
     let Ok(decoder) = TileDecoder::new(level) else { return };
     if decoder.rgb_bytes() > MOST_BYTES {
         return;
     }
-    let (mut scratch, mut rgb) = (DecodeScratch::default(), vec![0; decoder.rgb_bytes()]);
+    let (mut scratch, mut rgb) = (DecodeScratch::default(), Vec::new());
     for data in tiles {
         // Either is right; what counts is that it returns.
-        decoder.decode(data, &mut scratch, &mut rgb).ok();
+        decoder.decode(data, rows, &mut scratch, &mut rgb).ok();
     }
 }
 

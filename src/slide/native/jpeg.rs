@@ -2,7 +2,10 @@
 //!
 //! zune-jpeg, even when strict, paints what it can of a JPEG that ends early. Two precautions turn every such end into
 //! an error: the end marker is replaced by [`SENTINEL`], at which its bit reader fails, and the decoder must have gone
-//! past it. What remains unnoticed is damage that decodes to as many blocks as the tile has.
+//! past it. What remains unnoticed is damage that decodes to as many blocks as are needed.
+//!
+//! Where only the upper rows of a tile are needed, its frame header is given a lower height, and the decoder stops there:
+//! it then looks for the next marker, which must be the sentinel as well.
 
 use zune_core::bytestream::{ZByteReaderTrait, ZCursor};
 use zune_core::colorspace::ColorSpace;
@@ -17,6 +20,8 @@ const SOS: u8 = 0xda;
 const DQT: u8 = 0xdb;
 const DHT: u8 = 0xc4;
 const DRI: u8 = 0xdd;
+/// Where a frame's segment has its height: behind the marker, the length and the precision.
+const HEIGHT_AT: usize = 5;
 
 /// Takes the end marker's place: 64 bits that the bit reader may fetch ahead, then a marker that has no meaning. The bits
 /// are ones (0x00 follows 0xff by JPEG's rule), as no Huffman code is all ones: needed for decoding they are an error.
@@ -33,7 +38,7 @@ impl JpegTables {
         // The end marker may be missing: the tag's length is an end, too.
         for segment in Segments::of(stored)? {
             let segment = segment?;
-            if is_table(segment.marker) {
+            if is_table(&segment)? {
                 tables.extend_from_slice(segment.whole);
             }
         }
@@ -50,15 +55,17 @@ pub(crate) struct JpegTile {
     pub(crate) is_rgb: bool,
 }
 
-/// Decodes a tile's data into `rgb`, which has the tile's size. `scratch` is overwritten.
+/// Decodes at least the first `rows` rows of a tile's data into `rgb`; what both held before is lost.
 pub(crate) fn decode(
     data: &[u8],
     tables: &JpegTables,
     tile: JpegTile,
+    rows: u32,
     scratch: &mut Vec<u8>,
-    rgb: &mut [u8],
+    rgb: &mut Vec<u8>,
 ) -> Result<(), TileError> {
-    complete(data, tables, tile, scratch)?;
+    let height = complete(data, tables, tile, rows, scratch)?;
+    rgb.resize(tile.width as usize * usize::from(height) * 3, 0);
     let options = DecoderOptions::new_fast()
         .set_strict_mode(true)
         .set_max_width(tile.width as usize)
@@ -82,8 +89,8 @@ pub(crate) fn decode(
     Ok(())
 }
 
-/// Writes one complete JPEG into `out`, with the sentinel for an end.
-fn complete(data: &[u8], tables: &JpegTables, tile: JpegTile, out: &mut Vec<u8>) -> Result<(), TileError> {
+/// Writes one complete JPEG into `out`, with the sentinel for an end, and a height that suffices for `rows`; returns that.
+fn complete(data: &[u8], tables: &JpegTables, tile: JpegTile, rows: u32, out: &mut Vec<u8>) -> Result<u16, TileError> {
     // Some writers pad a tile to an even length.
     let end = data.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
     let data = data[..end].strip_suffix(&[0xff, EOI]);
@@ -91,12 +98,13 @@ fn complete(data: &[u8], tables: &JpegTables, tile: JpegTile, out: &mut Vec<u8>)
     out.clear();
     out.extend_from_slice(&[0xff, SOI]);
     out.extend_from_slice(&tables.0);
+    let mut frame = None;
     let mut segments = Segments::of(data)?;
     while let Some(segment) = segments.next() {
         let segment = segment?;
         match segment.marker {
             0xc0 | 0xc1 => {
-                check_frame(segment.payload, tile)?;
+                frame = Some((out.len(), check_frame(segment.payload, tile)?));
                 out.extend_from_slice(segment.whole);
             }
             0xc2..=0xcf if segment.marker != DHT => {
@@ -104,38 +112,67 @@ fn complete(data: &[u8], tables: &JpegTables, tile: JpegTile, out: &mut Vec<u8>)
                 return Err(TileError::Unsupported(format!("{kind} JPEG (marker {:02x})", segment.marker)));
             }
             SOS => {
+                let Some((at, frame)) = frame else { return Err(damaged("its scan has no frame".to_owned())) };
+                // The scan of a component by itself would have to be found behind rows that are not decoded.
+                let has_all_components = segment.payload.first() == Some(&3);
+                let height = if has_all_components { frame.height_for(rows) } else { frame.height };
+                out[at + HEIGHT_AT..][..2].copy_from_slice(&height.to_be_bytes());
                 out.extend_from_slice(segment.whole);
                 out.extend_from_slice(segments.rest);
                 out.extend_from_slice(&SENTINEL);
-                return Ok(());
+                return Ok(height);
             }
-            marker if is_table(marker) => out.extend_from_slice(segment.whole),
-            // Comments and application markers: what they may say about colours, the TIFF has said.
+            // Comments and application markers are not passed on: what they may say about colours, the TIFF has said.
+            _ if is_table(&segment)? => out.extend_from_slice(segment.whole),
             _ => {}
         }
     }
     Err(damaged("it has no scan".to_owned()))
 }
 
-/// Checks a frame header's payload: precision, height, width, number of components, then the components.
-fn check_frame(frame: &[u8], tile: JpegTile) -> Result<(), TileError> {
-    let &[bits, height_high, height_low, width_high, width_low, components, ..] = frame else {
+/// What a frame header says.
+#[derive(Clone, Copy)]
+struct Frame {
+    height: u16,
+    /// Rows of blocks in a unit of the scan.
+    block_rows: u16,
+}
+
+impl Frame {
+    /// The height down to which must be decoded for the first `rows` rows. Enlarging colour takes rows from the next unit.
+    fn height_for(self, rows: u32) -> u16 {
+        let unit = 8 * self.block_rows;
+        let beyond = if self.block_rows > 1 { unit } else { 0 };
+        let rows = u16::try_from(rows).unwrap_or(u16::MAX);
+        rows.checked_next_multiple_of(unit).map_or(self.height, |rows| rows.saturating_add(beyond).min(self.height))
+    }
+}
+
+/// Checks a frame header's payload: precision, height, width, number of components, then three bytes for each.
+fn check_frame(frame: &[u8], tile: JpegTile) -> Result<Frame, TileError> {
+    let &[bits, height_high, height_low, width_high, width_low, components, ref each @ ..] = frame else {
         return Err(damaged("its frame header is cut off".to_owned()));
     };
     if bits != 8 || components != 3 {
         return Err(TileError::Unsupported(format!("a JPEG of {components} components of {bits} bits")));
     }
-    let width = u32::from(u16::from_be_bytes([width_high, width_low]));
-    let height = u32::from(u16::from_be_bytes([height_high, height_low]));
-    if (width, height) != (tile.width, tile.height) {
+    let width = u16::from_be_bytes([width_high, width_low]);
+    let height = u16::from_be_bytes([height_high, height_low]);
+    if (u32::from(width), u32::from(height)) != (tile.width, tile.height) {
         let (found, expected) = (format!("{width} x {height} px"), format!("{} x {} px", tile.width, tile.height));
         return Err(TileError::WrongSize { found, expected });
     }
-    Ok(())
+    let block_rows = each.chunks_exact(3).map(|component| u16::from(component[1] & 15)).max();
+    Ok(Frame { height, block_rows: block_rows.unwrap_or(0).max(1) })
 }
 
-fn is_table(marker: u8) -> bool {
-    matches!(marker, DQT | DHT | DRI)
+/// Whether a segment has tables, which the decoder needs. Restarts are refused: the decoder takes the sentinel for a damaged
+/// one, and without the sentinel it makes up pixels where data is missing.
+fn is_table(segment: &Segment<'_>) -> Result<bool, TileError> {
+    if segment.marker == DRI && segment.payload.iter().any(|byte| *byte != 0) {
+        return Err(TileError::Unsupported("a JPEG with restart intervals".to_owned()));
+    }
+    Ok(matches!(segment.marker, DQT | DHT))
 }
 
 fn damaged(fault: String) -> TileError {
@@ -220,7 +257,7 @@ mod tests {
         let mut segments = Segments::of(jpeg).unwrap();
         while let Some(segment) = segments.next() {
             let segment = segment.unwrap();
-            if is_table(segment.marker) { &mut tables } else { &mut rest }.extend(segment.whole);
+            if is_table(&segment).unwrap() { &mut tables } else { &mut rest }.extend(segment.whole);
             if segment.marker == SOS {
                 rest.extend(segments.rest);
                 break;
@@ -231,8 +268,17 @@ mod tests {
     }
 
     fn decode_tile(data: &[u8], tables: &JpegTables, tile: JpegTile) -> Result<Vec<u8>, TileError> {
-        let mut rgb = vec![0; 48 * 64 * 3];
-        decode(data, tables, tile, &mut Vec::new(), &mut rgb).map(|()| rgb)
+        decode_rows(data, tables, tile, tile.height)
+    }
+
+    fn decode_rows(data: &[u8], tables: &JpegTables, tile: JpegTile, rows: u32) -> Result<Vec<u8>, TileError> {
+        let mut rgb = vec![7; 9];
+        decode(data, tables, tile, rows, &mut Vec::new(), &mut rgb).map(|()| rgb)
+    }
+
+    /// Rows that were decoded.
+    fn height(rgb: &[u8]) -> usize {
+        rgb.len() / (48 * 3)
     }
 
     fn mean_difference(left: &[u8], right: &[u8]) -> f64 {
@@ -253,6 +299,72 @@ mod tests {
             assert_eq!(spliced, expected);
             // Without the tables there is nothing to decode by.
             assert!(decode_tile(&data, &JpegTables::default(), TILE).is_err());
+        }
+    }
+
+    #[test]
+    fn the_first_rows_are_those_of_the_whole_tile() {
+        let samplings = [
+            SamplingFactor::R_4_4_4,
+            SamplingFactor::R_4_4_0,
+            SamplingFactor::R_4_2_2,
+            SamplingFactor::R_4_2_0,
+            SamplingFactor::R_4_1_1,
+        ];
+        for sampling in samplings {
+            let data = jpeg(sampling);
+            let whole = decode_tile(&data, &JpegTables::default(), TILE).unwrap();
+            for rows in 1..=64 {
+                let rgb = decode_rows(&data, &JpegTables::default(), TILE, rows).unwrap();
+                let needed = rows as usize * 48 * 3;
+                assert!(rgb[..needed] == whole[..needed], "{sampling:?}: {rows} rows");
+                // This encoder writes 4:1:1 as a scan for each component.
+                if rows <= 32 {
+                    assert_eq!(height(&rgb) < 64, sampling != SamplingFactor::R_4_1_1, "{sampling:?}: {rows} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn restarts_are_refused_wherever_they_are_announced() {
+        let mut data = Vec::new();
+        let mut encoder = Encoder::new(&mut data, 90);
+        encoder.set_restart_interval(2);
+        encoder.encode(&pixels(), 48, 64, ColorType::Rgb).unwrap();
+        let error = decode_tile(&data, &JpegTables::default(), TILE).unwrap_err();
+        assert!(matches!(&error, TileError::Unsupported(what) if what.contains("restart")), "{error}");
+        let announced = data.windows(2).position(|pair| pair == [0xff, DRI]).unwrap();
+        let tables = [&[0xff, SOI], &data[announced..announced + 6], &[0xff, EOI]].concat();
+        assert!(matches!(JpegTables::parse(&tables), Err(TileError::Unsupported(_))));
+        // An interval of nothing announces none.
+        let plain = jpeg(SamplingFactor::R_4_4_4);
+        let none = [&plain[..2], &[0xff, DRI, 0, 4, 0, 0], &plain[2..]].concat();
+        let decode = |data| decode_tile(data, &JpegTables::default(), TILE).unwrap();
+        assert!(decode(&none) == decode(&plain));
+    }
+
+    #[test]
+    fn what_ends_within_the_needed_rows_is_an_error() {
+        for sampling in [SamplingFactor::R_4_4_4, SamplingFactor::R_4_2_0] {
+            let data = jpeg(sampling);
+            let whole = decode_tile(&data, &JpegTables::default(), TILE).unwrap();
+            let scan = data.windows(2).position(|pair| pair == [0xff, SOS]).unwrap() + 14;
+            let (mut sound, mut refused) = (0, 0);
+            for len in (scan..data.len() - 2).filter(|len| data[len - 1] != 0xff) {
+                let cut = [&data[..len], &[0xff, EOI]].concat();
+                match decode_rows(&cut, &JpegTables::default(), TILE, 16) {
+                    // All of the needed rows was there.
+                    Ok(rgb) if rgb[..16 * 48 * 3] == whole[..16 * 48 * 3] => sound += 1,
+                    Ok(_) => panic!("pixels were made up for data cut at {len} of {}", data.len()),
+                    Err(_) => refused += 1,
+                }
+                // A marker amid the data, wherever it is.
+                let mut ended = data.clone();
+                ended[len..len + 2].copy_from_slice(&[0xff, EOI]);
+                assert!(decode_rows(&ended, &JpegTables::default(), TILE, 16).is_err(), "marker at {len}");
+            }
+            assert!(sound > 100 && refused > 100, "{sampling:?}: {sound} sound, {refused} refused");
         }
     }
 

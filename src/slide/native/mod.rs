@@ -67,6 +67,8 @@ pub(super) struct NativeLevel {
     /// The colour of what lies outside the slide and of tiles that the file doesn't have.
     background: [u8; 3],
     cache: TileCache,
+    /// Down to which row the planned reads need each tile.
+    rows: Vec<u16>,
 }
 
 /// A thread's access to a level, with what it needs while it decodes.
@@ -107,9 +109,10 @@ impl NativeLevel {
         let tiled = pyramid.levels.get(level.0 as usize).ok_or(absurd)?;
         let decoder = TileDecoder::new(tiled)
             .map_err(|error| SlideError::NotNative { path: path.clone(), reason: error.to_string() })?;
-        let expected = uses(tiled, planned);
+        let Needs { reads, rows } = needs(tiled, planned);
         let (pyramid, background) = (Arc::clone(pyramid), slide.background);
-        Ok(Self { path, file, pyramid, level, info, decoder, background, cache: TileCache::new(CACHE_BYTES, expected) })
+        let cache = TileCache::new(CACHE_BYTES, reads);
+        Ok(Self { path, file, pyramid, level, info, decoder, background, cache, rows })
     }
 
     /// Access for one more thread.
@@ -148,7 +151,7 @@ impl LevelSource for NativeSource {
                 return;
             }
             let out = &mut rgb[part.out_y * row_bytes..];
-            match level.tile(tile, data, scratch) {
+            match level.tile(tile, part.tile_y + part.height, data, scratch) {
                 Ok(Some(pixels)) => {
                     part.copy(&pixels, tiled.tile_width as usize * 3, out, row_bytes);
                     level.cache.give_back(pixels);
@@ -184,25 +187,39 @@ impl LevelSource for NativeSource {
 }
 
 impl NativeLevel {
-    /// The pixels of a whole tile, `[tile_height, tile_width, 3]`; `None` if the file doesn't have the tile.
+    /// The pixels of a tile down to row `rows` at least, `[rows, tile_width, 3]`; `None` if the file doesn't have the tile.
     fn tile(
         &self,
         tile: u32,
+        rows: usize,
         data: &mut Vec<u8>,
         scratch: &mut DecodeScratch,
     ) -> Result<Option<Arc<Vec<u8>>>, TileError> {
-        let Some(place) = self.tiled().tile_data(tile) else { return Ok(None) };
+        if self.tiled().tile_data(tile).is_none() {
+            return Ok(None);
+        }
+        if rows > self.planned_rows(tile) as usize {
+            let mut rgb = Vec::new();
+            self.decode(tile, self.tiled().tile_height, data, scratch, &mut rgb)?;
+            return Ok(Some(Arc::new(rgb)));
+        }
         // While another thread decodes it, this one does what comes next instead of waiting.
         while self.cache.is_pending(tile) && self.decode_ahead(tile, data, scratch) {}
-        self.cache.get(tile, self.decoder.rgb_bytes(), |rgb| self.decode(place, data, scratch, rgb)).map(Some)
+        let decode = |rgb: &mut Vec<u8>| self.decode(tile, self.planned_rows(tile), data, scratch, rgb);
+        self.cache.get(tile, self.decoder.rgb_bytes(), decode).map(Some)
+    }
+
+    /// How much of a tile is decoded for all planned reads; the whole tile if none needs it.
+    fn planned_rows(&self, tile: u32) -> u32 {
+        let planned = self.rows.get(tile as usize).copied().filter(|rows| *rows > 0);
+        planned.map_or(self.tiled().tile_height, u32::from)
     }
 
     /// Decodes one of the tiles to the right of `tile`; says whether there was one to decode.
     fn decode_ahead(&self, tile: u32, data: &mut Vec<u8>, scratch: &mut DecodeScratch) -> bool {
         let next = (tile.saturating_add(1)..).take(TILES_AHEAD).filter(|tile| self.tiled().tile_data(*tile).is_some());
         let decoded = self.cache.ahead(next, self.decoder.rgb_bytes(), |tile, rgb| {
-            let place = self.tiled().tile_data(tile).unwrap_or_default();
-            self.decode(place, data, scratch, rgb)
+            self.decode(tile, self.planned_rows(tile), data, scratch, rgb)
         });
         // An error is told by the read that needs the tile.
         decoded.unwrap_or(false)
@@ -210,26 +227,37 @@ impl NativeLevel {
 
     fn decode(
         &self,
-        (offset, bytes): (u64, u32),
+        tile: u32,
+        rows: u32,
         data: &mut Vec<u8>,
         scratch: &mut DecodeScratch,
-        rgb: &mut [u8],
+        rgb: &mut Vec<u8>,
     ) -> Result<(), TileError> {
+        let (offset, bytes) = self.tiled().tile_data(tile).unwrap_or_default();
         data.resize(bytes as usize, 0);
         self.file.read_exact_at(data, offset)?;
-        self.decoder.decode(data, scratch, rgb)
+        self.decoder.decode(data, rows, scratch, rgb)
     }
 }
 
-/// How often the reads of `planned` need each tile of a level.
-fn uses(level: &TiledLevel, planned: impl Iterator<Item = LevelRect>) -> Vec<u16> {
-    let mut uses = vec![0u16; level.tile_byte_counts.len()];
-    for (tile, _) in planned.flat_map(|rect| overlaps(level, rect)) {
-        if let Some(uses) = uses.get_mut(tile as usize) {
-            *uses = uses.saturating_add(1);
+/// What planned reads need of each tile of a level.
+struct Needs {
+    /// How many need it.
+    reads: Vec<u16>,
+    /// Down to which row.
+    rows: Vec<u16>,
+}
+
+fn needs(level: &TiledLevel, planned: impl Iterator<Item = LevelRect>) -> Needs {
+    let tiles = level.tile_byte_counts.len();
+    let mut needs = Needs { reads: vec![0; tiles], rows: vec![0; tiles] };
+    for (tile, part) in planned.flat_map(|rect| overlaps(level, rect)) {
+        if let Some((reads, rows)) = needs.reads.get_mut(tile as usize).zip(needs.rows.get_mut(tile as usize)) {
+            *reads = reads.saturating_add(1);
+            *rows = u16::try_from(part.tile_y + part.height).unwrap_or(u16::MAX).max(*rows);
         }
     }
-    uses
+    needs
 }
 
 /// Memory of the decoded tiles that are held at most between the reads of `planned`, and of one of them.
@@ -240,7 +268,7 @@ pub(super) fn held_bytes(
 ) -> (u64, u64) {
     let Some(level) = pyramid.levels.get(level.0 as usize) else { return (0, 0) };
     let tile_bytes = u64::from(level.tile_width) * u64::from(level.tile_height) * 3;
-    let all = uses(level, planned.clone());
+    let all = needs(level, planned.clone()).reads;
     let mut left = all.clone();
     let (mut held, mut most) = (0, 0);
     for (tile, _) in planned.flat_map(|rect| overlaps(level, rect)) {
@@ -309,7 +337,9 @@ fn spans(start: u32, len: u32, out_start: usize, tile: u32) -> impl Iterator<Ite
 mod tests {
     use tempfile::TempDir;
 
-    use super::tiff_builder::{TiffBuilder, rgb_image};
+    use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
+
+    use super::tiff_builder::{TiffBuilder, Values, rgb_image, with};
     use super::*;
     use crate::slide::source;
 
@@ -411,6 +441,40 @@ mod tests {
             }
         });
         assert_eq!(level.cache.stats(), (27, 0));
+    }
+
+    #[test]
+    fn tiles_of_which_only_the_upper_rows_are_planned_have_the_same_pixels() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tiff = TiffBuilder::new(false, false);
+        let mut tiles = Vec::new();
+        for number in 0..4 {
+            let rgb: Vec<u8> = (0..64 * 64).flat_map(|at| pixel(at % 64 * 3 + number * 50, at / 64 * 2)).collect();
+            let mut jpeg = Vec::new();
+            let mut encoder = Encoder::new(&mut jpeg, 80);
+            encoder.set_sampling_factor(SamplingFactor::R_4_2_0);
+            encoder.encode(&rgb, 64, 64, ColorType::Rgb).unwrap();
+            tiles.push((tiff.data(&jpeg), u32::try_from(jpeg.len()).unwrap()));
+        }
+        tiff.directory(&with(rgb_image((128, 128), 64, (7, 1), &tiles), 262, Values::Short(vec![6])));
+        let path = folder.path().join("slide.tif");
+        std::fs::write(&path, tiff.finish()).unwrap();
+        let slide = Slide::of_pyramid(&path, pyramid_of(&path).unwrap()).unwrap();
+        let mut whole = source::open(&slide, Level(0), std::iter::empty(), 1).unwrap().remove(0);
+        let rects = [(0, 0, 100, 9), (40, 3, 10, 14), (100, 64, 28, 17), (0, 100, 20, 28)]
+            .map(|(x, y, width, height)| LevelRect { x, y, width, height });
+        let pyramid = slide.native.clone().unwrap();
+        let level = Arc::new(NativeLevel::open(&slide, &pyramid, Level(0), rects.into_iter()).unwrap());
+        assert_eq!(level.rows, [17, 9, 64, 17]);
+        let mut planned = level.source();
+        // The last one was not planned, and needs more.
+        for rect in rects.into_iter().chain([LevelRect { x: 3, y: 2, width: 120, height: 121 }]) {
+            let (mut rgb, mut expected) = (Vec::new(), Vec::new());
+            planned.read(rect, &mut rgb).unwrap();
+            whole.read(rect, &mut expected).unwrap();
+            assert!(rgb == expected, "{rect:?}");
+        }
+        assert_eq!(level.cache.stats().1, 0);
     }
 
     #[test]
