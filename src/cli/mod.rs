@@ -13,6 +13,7 @@ mod options;
 mod own_process;
 mod predict;
 mod prepare;
+mod processor;
 mod progress;
 mod report;
 mod run;
@@ -149,6 +150,9 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
 }
 
 pub(crate) fn main() -> ExitCode {
+    if let Err(failure) = processor::check() {
+        return ended_by(&failure);
+    }
     let cli = Cli::parse();
     native::set_paths(native::Paths { onnx_runtime: cli.onnxruntime_library, openslide: cli.openslide_library });
     let temporary = match interrupt::listen() {
