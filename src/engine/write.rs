@@ -58,6 +58,9 @@ struct Maps {
     overview: OverviewBuilder,
 }
 
+/// What became of a file: `None` if it was not asked for.
+type Completed = Result<Option<Written>, EngineError>;
+
 /// Name of each class and its share of the classified area.
 type ClassShares = Vec<(String, f64)>;
 
@@ -159,17 +162,28 @@ impl<'a> SlideFiles<'a> {
     /// Completes all files under their final names.
     pub(super) fn finish(self, pictures: &EarlyPictures) -> Result<SlideResults, EngineError> {
         let Self { target, csv, geojson, mut features, maps, inferred, failed } = self;
-        let mut written = Vec::new();
         if features.is_none() && target.card.task == Task::Features && target.emits(Emit::H5) {
             // A slide without tissue has a file of no tiles; the width of a row is not known then.
             features = Some(target.features_writer(1)?);
         }
-        written.extend(csv.map(TileCsvWriter::finish).transpose()?);
-        written.extend(geojson.map(TileGeoJsonWriter::finish).transpose()?);
-        written.extend(features.map(FeaturesWriter::finish).transpose()?);
-        let maps = maps.map(|maps| maps.finish(&target, pictures.slide.as_ref())).transpose()?;
+        // At once, since they wait for the disk.
+        let ((csv, geojson), (features, maps)) = rayon::join(
+            || {
+                rayon::join(
+                    || csv.map(TileCsvWriter::finish).transpose(),
+                    || geojson.map(TileGeoJsonWriter::finish).transpose(),
+                )
+            },
+            || {
+                rayon::join(
+                    || features.map(FeaturesWriter::finish).transpose(),
+                    || maps.map(|maps| maps.finish(&target, pictures.slide.as_ref())),
+                )
+            },
+        );
         let (maps, class_shares) = maps.unwrap_or_default();
-        written.extend(maps);
+        let tables = [csv, geojson, features].map(|table| table.map_err(EngineError::from));
+        let mut written = all_or_none(tables.into_iter().chain(maps))?;
         written.extend(pictures.masks.iter().cloned());
         let outputs = written.into_iter().map(|file| target.record(&file)).collect();
         Ok(SlideResults { outputs, inferred, failed, class_shares })
@@ -233,24 +247,18 @@ impl Target<'_> {
 }
 
 impl Maps {
-    /// Completes the maps and what is made from the overview: the files, and the classes' shares.
-    fn finish(
-        self,
-        target: &Target<'_>,
-        picture: Option<&SlidePicture>,
-    ) -> Result<(Vec<Written>, ClassShares), EngineError> {
+    /// Completes the maps and what is made from the overview: what became of each file, and the classes' shares.
+    fn finish(self, target: &Target<'_>, picture: Option<&SlidePicture>) -> (Vec<Completed>, ClassShares) {
         let (overview, cells) = self.overview.finish();
         let writers: Vec<PyramidWriter> = self.probabilities.into_iter().chain(self.classes).collect();
         let regions = || target.emits(Emit::GeoJson).then(|| target.write_regions(&overview)).transpose();
         let overlay = || picture.map(|picture| pictures::write_overlay(target, picture, &overview)).transpose();
-        let (maps, (regions, overlay)) = rayon::join(
-            || writers.into_par_iter().map(PyramidWriter::finish).collect::<Result<Vec<_>, _>>(),
+        let (mut files, (regions, overlay)) = rayon::join(
+            || writers.into_par_iter().map(|writer| Ok(Some(writer.finish()?))).collect::<Vec<Completed>>(),
             || rayon::join(regions, overlay),
         );
-        let mut written = maps?;
-        written.extend(regions?);
-        written.extend(overlay?);
-        Ok((written, shares(&target.class_names(), &cells)))
+        files.extend([regions, overlay]);
+        (files, shares(&target.class_names(), &cells))
     }
 
     fn create(target: &Target<'_>, spec: &StitchSpec) -> Result<Self, EngineError> {
@@ -275,6 +283,23 @@ impl Maps {
         let classes = Some(PyramidWriter::create(&target.path("classes", "tif"), &spec)?);
         Ok(Self { probabilities, classes, overview })
     }
+}
+
+/// The files; if one could not be completed, those that could are taken away again.
+fn all_or_none(files: impl Iterator<Item = Completed>) -> Result<Vec<Written>, EngineError> {
+    let (mut written, mut failure) = (Vec::new(), None);
+    for file in files {
+        match file {
+            Ok(file) => written.extend(file),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    let Some(error) = failure else { return Ok(written) };
+    for file in &written {
+        // What can't be removed is replaced when the slide is run again.
+        std::fs::remove_file(&file.path).ok();
+    }
+    Err(error)
 }
 
 /// The pyramid of one class's probability, without a description; `None` if the map is too large for a TIFF.
