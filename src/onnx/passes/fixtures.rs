@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::EvaluateError;
 use super::freeze::Case;
-use crate::inference::evaluate;
+use crate::inference::{device, evaluate};
 use crate::onnx::{Dim, Model, Rewriter, Shapes, Tensor};
 
 /// A file of `tests/fixtures/onnx`, which `make.py` there made.
@@ -15,6 +15,11 @@ pub(crate) fn path(name: &str) -> PathBuf {
 /// A model of `tests/fixtures/onnx`.
 pub(crate) fn model(name: &str) -> Model {
     Model::load(&path(name)).unwrap()
+}
+
+/// Whether weights must have 7 bits here, as on an x86 without VNNI, where larger products of bytes don't fit their sums.
+pub(crate) fn reduce_range() -> bool {
+    !device::list().cpu.features.iter().any(|feature| feature.contains("vnni"))
 }
 
 /// Values between -2 and 2, the same for the same dimensions.

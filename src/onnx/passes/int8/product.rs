@@ -91,7 +91,7 @@ mod tests {
     use crate::inference::evaluate;
     use crate::onnx::build::{Attribute, Graph};
     use crate::onnx::passes::PassReport;
-    use crate::onnx::passes::fixtures::{noise, relative};
+    use crate::onnx::passes::fixtures::{noise, reduce_range, relative};
     use crate::onnx::{ElementType, MICROSOFT, Model, Rewriter, Tensor};
 
     const WIDTH: usize = 128;
@@ -108,9 +108,10 @@ mod tests {
         let x = graph.input("x", ElementType::F32, &["n".into(), 5.into(), WIDTH.into()]);
         let columns = 3 * WIDTH;
         let step = |index: usize| 1e-5 * (1 + index % columns) as f32;
-        let mut values = whole(&[WIDTH, columns], 120.0, step);
+        let largest = if reduce_range() { 64.0 } else { 127.0 };
+        let mut values = whole(&[WIDTH, columns], largest - 4.0, step);
         for (index, value) in values.iter_mut().enumerate().take(columns) {
-            *value = 127.0 * step(index);
+            *value = largest * step(index);
         }
         let sizes = [WIDTH, columns].map(|size| i64::try_from(size).unwrap());
         let w = graph.weights("w", &sizes, &values);
@@ -144,13 +145,15 @@ mod tests {
         let mut collector = RangeCollector::default();
         collector.observe("x", &tokens());
         let ranges = collector.ranges(RangeMethod::MinMax);
-        let report = quantize_static(&mut rewriter, &ranges, &StaticOptions::default()).unwrap();
+        let options = StaticOptions { reduce_range: reduce_range(), ..StaticOptions::default() };
+        let report = quantize_static(&mut rewriter, &ranges, &options).unwrap();
         (rewriter.finish().unwrap(), report)
     }
 
     fn dynamic_form(model: &Model) -> (Model, PassReport) {
         let mut rewriter = Rewriter::new(model.clone()).unwrap();
-        let report = quantize_dynamic(&mut rewriter, &DynamicOptions::default()).unwrap();
+        let options = DynamicOptions { reduce_range: reduce_range(), ..DynamicOptions::default() };
+        let report = quantize_dynamic(&mut rewriter, &options).unwrap();
         (rewriter.finish().unwrap(), report)
     }
 
