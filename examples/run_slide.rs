@@ -36,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         batch_size: None,
         readers: None,
         sessions: None,
+        graph_cache: None,
     };
     let mut engine = Engine::load(card, &request, config)?;
     let out = OutputFolder::lock(&folder.join("out"))?;

@@ -273,6 +273,7 @@ impl Common {
             batch_size,
             readers: None,
             sessions: self.sessions,
+            graph_cache: None,
         }
     }
 

@@ -219,6 +219,9 @@ pub(crate) struct RunOptions {
     /// Memory of the host that a run may take, such as 2GiB or 800MB: what can be lowered without changing results is, else the slide fails
     #[arg(long, value_name = "SIZE", help_heading = "Model")]
     memory_limit: Option<Text>,
+    /// Folder in which graphs that ONNX Runtime has optimised are kept, so that a large model opens faster the next time (CPU only)
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    graph_cache: Option<Text>,
 
     #[command(flatten)]
     #[serde(flatten)]
@@ -384,6 +387,10 @@ impl RunOptions {
     }
 
     /// Threads that read tiles; `None` is left to the machine.
+    pub(super) fn graph_cache(&self) -> Option<PathBuf> {
+        self.graph_cache.as_ref().map(|folder| PathBuf::from(&folder.0))
+    }
+
     pub(super) fn readers(&self) -> Result<Option<NonZeroUsize>, Failure> {
         some_workers("readers", &self.readers)
     }

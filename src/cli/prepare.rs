@@ -45,6 +45,7 @@ pub(super) fn engine(path: &Path, options: &RunOptions) -> Result<Engine, Failur
         batch_size: options.batch_size()?,
         readers: options.readers()?,
         sessions: options.sessions()?,
+        graph_cache: options.graph_cache(),
     };
     Ok(Engine::load(card, &request, config)?)
 }

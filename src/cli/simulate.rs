@@ -180,6 +180,7 @@ pub(super) fn execute(args: &Args) -> Result<Outcome, Failure> {
         batch_size: None,
         readers: args.readers,
         sessions: args.sessions,
+        graph_cache: None,
     };
     let request = SimulateRequest {
         load,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use super::config::RunConfig;
 use super::memory::Room;
@@ -32,6 +33,8 @@ pub struct LoadRequest {
     pub readers: Option<NonZeroUsize>,
     /// Sessions over all devices.
     pub sessions: Option<NonZeroUsize>,
+    /// Where optimised graphs are kept for later runs.
+    pub graph_cache: Option<PathBuf>,
 }
 
 impl LoadRequest {
@@ -81,7 +84,11 @@ impl Engine {
         let intra_threads = (!has_own_threads).then_some(NonZeroUsize::MIN);
         let factory = |device: &Device| {
             let options = SessionOptions { device: *device, provider: resolved.provider, intra_threads };
-            SessionFactory::new(&card, variant, options)
+            let factory = SessionFactory::new(&card, variant, options)?;
+            match &request.graph_cache {
+                Some(folder) => factory.keeping_graph(folder),
+                None => Ok(factory),
+            }
         };
         let factories: Vec<SessionFactory> = resolved.devices.iter().map(factory).collect::<Result<_, _>>()?;
         let mut sessions: Vec<Box<dyn Session>> = Vec::new();
@@ -98,10 +105,12 @@ impl Engine {
         let is_split_due =
             resolved.provider == Provider::Cpu && request.readers.is_none() && request.sessions.is_none();
         let model = model_record(&card, variant);
+        let kept = factories.first().and_then(SessionFactory::kept_graph);
+        let kept = kept.map(|file| format!("; its graph was optimised by an earlier run: {}", file.display()));
         let execution = ExecutionRecord {
             device: device::in_words(&resolved.devices),
             provider: resolved.provider.to_string(),
-            reason: resolved.reason,
+            reason: resolved.reason + &kept.unwrap_or_default(),
             placement: BTreeMap::new(),
             batch_size: batch_size.get(),
             readers: readers.get(),
@@ -146,6 +155,11 @@ impl Engine {
         ExecutionRecord { placement, batch_size: self.batch_size.get(), ..self.execution.clone() }
     }
 
+    /// The devices that it runs on.
+    pub(super) fn devices(&self) -> Vec<Device> {
+        self.factories.iter().map(SessionFactory::device).collect()
+    }
+
     /// What ends running batches from another thread.
     #[must_use]
     pub fn stop_handles(&self) -> Vec<StopHandle> {
@@ -187,6 +201,7 @@ mod tests {
             batch_size: None,
             readers: None,
             sessions: NonZeroUsize::new(sessions),
+            graph_cache: None,
         };
         let (one, replicas) = request(4).on_one().unwrap().unwrap();
         assert_eq!((one.sessions.map(NonZeroUsize::get), replicas), (Some(1), 4));

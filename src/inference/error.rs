@@ -212,6 +212,17 @@ pub enum SessionError {
         /// The device.
         device: Device,
     },
+    /// Optimised graphs can't be kept.
+    #[error("{}: optimised graphs can't be kept there", folder.display())]
+    GraphCache {
+        /// The folder for them.
+        folder: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Optimised graphs are not kept for this provider.
+    #[error("optimised graphs are kept for provider cpu, not for {0}")]
+    NoGraphCache(Provider),
     /// ONNX Runtime refuses the model or its options.
     #[error("{}: can't be opened on {provider}", path.display())]
     Open {
@@ -304,6 +315,7 @@ impl SessionError {
             Self::Native(error) => return Some(error.hint()),
             Self::Model(error) => return error.hint().map(str::to_owned),
             Self::Threads(_) => "set fewer `sessions`",
+            Self::GraphCache { .. } | Self::NoGraphCache(_) => "choose another `graph_cache`, or leave it out",
             Self::Uneven { .. } => "set `sessions` to a multiple of the number of devices",
             Self::NoDevice { .. } => "set `device` to auto or cpu, or see `doctor` for the devices there are",
             Self::NoProvider { .. } => "set `provider` to auto, or see `doctor` for the providers that load",

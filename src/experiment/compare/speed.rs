@@ -200,6 +200,7 @@ fn engine(
         batch_size: std::num::NonZeroUsize::new(batch),
         readers: None,
         sessions: None,
+        graph_cache: None,
     };
     Ok(Engine::load(subject.card.clone(), &load, config)?)
 }

@@ -4,6 +4,7 @@
 //! Invariants: a provider that doesn't load is an error; operators that carry the work don't run on the CPU behind a
 //! GPU's back; no output is read whose type or shape wasn't checked.
 
+mod graph_cache;
 mod input;
 mod output;
 
@@ -14,10 +15,11 @@ use std::sync::{Arc, OnceLock};
 
 use ndarray::{Array2, Array4, ShapeError};
 use ort::session::RunOptions;
-use ort::session::builder::PrepackedWeights;
+use ort::session::builder::{GraphOptimizationLevel, PrepackedWeights, SessionBuilder};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use self::graph_cache::GraphCache;
 use self::input::Input;
 use super::card::{ModelCard, Task, Variant};
 use super::contract::{Contract, Layout};
@@ -52,6 +54,8 @@ struct Shared {
     options: SessionOptions,
     ignored_options: Vec<String>,
     packed_weights: PrepackedWeights,
+    /// Where the optimised graph is kept, if it is.
+    graph_cache: Option<GraphCache>,
     /// Threads that prepare and read back the batches of a GPU. They do nothing else: it would wait while those that all
     /// others share are at long tasks, such as compressing maps. On the CPU `None`: these others do it.
     copying: Option<ThreadPool>,
@@ -106,7 +110,7 @@ impl SessionFactory {
         let contract = card.check(&model, &variant.file)?;
         let is_gpu = matches!(device, Device::Cuda { .. });
         let copying = is_gpu.then(|| ThreadPoolBuilder::new().build()).transpose().map_err(SessionError::Threads)?;
-        let stop = StopHandle::new().map_err(|source| open_error(variant, provider, source))?;
+        let stop = StopHandle::new().map_err(|source| open_error(&variant.file, provider, source))?;
         let is_ignored = |key: &&String| !is_session_setting(key) && !takes_options(provider, variant);
         let shared = Shared {
             card: card.clone(),
@@ -115,12 +119,35 @@ impl SessionFactory {
             options,
             ignored_options: variant.options.keys().filter(is_ignored).cloned().collect(),
             packed_weights: PrepackedWeights::new(),
+            graph_cache: None,
             copying,
             wants_placement: provider != Provider::Cpu,
             placement: OnceLock::new(),
             stop,
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The same that keeps the optimised graph in a folder, and takes it from there if an earlier one has kept it; before the
+    /// first session.
+    ///
+    /// # Errors
+    /// [`SessionError::NoGraphCache`] on another provider than the CPU's, [`SessionError::GraphCache`] if the folder can't be
+    /// made or the model is too large.
+    pub fn keeping_graph(mut self, folder: &Path) -> Result<Self, SessionError> {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            if shared.options.provider != Provider::Cpu {
+                return Err(SessionError::NoGraphCache(shared.options.provider));
+            }
+            shared.graph_cache = Some(GraphCache::of(folder, &shared.variant)?);
+        }
+        Ok(self)
+    }
+
+    /// The optimised graph that sessions are opened from, if an earlier run has kept it.
+    #[must_use]
+    pub fn kept_graph(&self) -> Option<&Path> {
+        self.shared.graph_cache.as_ref()?.kept()
     }
 
     /// Opens a session.
@@ -155,10 +182,16 @@ impl SessionFactory {
         self.shared.contract.fixed_batch
     }
 
+    /// Where its sessions run.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.shared.options.device
+    }
+
     /// Whether its sessions run on a GPU.
     #[must_use]
     pub fn runs_on_gpu(&self) -> bool {
-        matches!(self.shared.options.device, Device::Cuda { .. })
+        matches!(self.device(), Device::Cuda { .. })
     }
 
     /// Names of the variant's options that are for another provider and were left out.
@@ -261,11 +294,11 @@ fn takes_options(provider: Provider, variant: &Variant) -> bool {
     }
 }
 
-fn open_error(variant: &Variant, provider: Provider, source: ort::Error) -> SessionError {
+fn open_error(file: &Path, provider: Provider, source: ort::Error) -> SessionError {
     if is_out_of_memory(source.message()) {
-        return SessionError::OutOfMemory { path: variant.file.clone(), batch: 0, source: Some(source) };
+        return SessionError::OutOfMemory { path: file.to_owned(), batch: 0, source: Some(source) };
     }
-    SessionError::Open { path: variant.file.clone(), provider, source }
+    SessionError::Open { path: file.to_owned(), provider, source }
 }
 
 /// What ONNX Runtime, CUDA, cuDNN and the C++ library say when memory runs out.
@@ -305,8 +338,7 @@ impl OrtSession {
             .then(tempfile::tempdir)
             .transpose()
             .map_err(|source| SessionError::Placement { path: std::env::temp_dir(), source })?;
-        let open = || build(environment, &shared, profile.as_ref().map(tempfile::TempDir::path));
-        let session = open().map_err(|source| open_error(&shared.variant, shared.options.provider, source))?;
+        let session = build(environment, &shared, profile.as_ref().map(tempfile::TempDir::path))?;
         let card = &shared.card;
         let input = Input::new(card, &shared.contract, input::page_locked(&session, shared.options.device));
         let resizer = card.resize.map(|side| TileResizer::new(card.tile_size, side));
@@ -409,11 +441,38 @@ impl Session for OrtSession {
     }
 }
 
+/// Opens a session from the model, or from its optimised graph where that is kept.
 fn build(
     environment: &ort::environment::Environment,
     shared: &Shared,
     profile: Option<&Path>,
-) -> Result<ort::session::Session, ort::Error> {
+) -> Result<ort::session::Session, SessionError> {
+    let (variant, provider) = (&shared.variant, shared.options.provider);
+    let failed = move |source| open_error(&variant.file, provider, source);
+    let mut builder = builder(environment, shared, profile).map_err(failed)?;
+    let cache = shared.graph_cache.as_ref();
+    if let Some(kept) = cache.and_then(GraphCache::kept) {
+        let opened = builder.with_optimization_level(GraphOptimizationLevel::Disable).map_err(ort::Error::from);
+        return opened
+            .and_then(|mut builder| builder.commit_from_file(kept))
+            .map_err(|source| open_error(kept, provider, source));
+    }
+    let begun = cache.map_or(Ok(None), GraphCache::begin)?;
+    if let Some(temporary) = &begun {
+        builder = builder.with_optimized_model_path(temporary).map_err(|error| failed(error.into()))?;
+    }
+    let session = builder.commit_from_file(&variant.file).map_err(failed)?;
+    if let Some((cache, temporary)) = cache.zip(begun) {
+        cache.keep(temporary)?;
+    }
+    Ok(session)
+}
+
+fn builder(
+    environment: &ort::environment::Environment,
+    shared: &Shared,
+    profile: Option<&Path>,
+) -> Result<SessionBuilder, ort::Error> {
     let SessionOptions { device, provider, intra_threads } = shared.options;
     let settings = shared.variant.options.iter().map(|(key, value)| (key.as_str(), value.as_str()));
     let (settings, mut provider_options): (Vec<_>, Vec<_>) = settings.partition(|(key, _)| is_session_setting(key));
@@ -442,7 +501,7 @@ fn build(
     for (key, value) in settings {
         builder = builder.with_config_entry(key, value)?;
     }
-    builder.commit_from_file(&shared.variant.file)
+    Ok(builder)
 }
 
 #[cfg(test)]

@@ -222,6 +222,52 @@ fn a_classifier_gives_one_row_per_tile() {
 }
 
 #[test]
+fn a_kept_graph_is_taken_the_next_time_and_gives_the_same_bytes() {
+    let raw = bare(Task::Segmentation, &["red", "yellow"], Activation::Softmax);
+    let saved = save(&segmenter(&Shape::default(), &[1.0, 0.0, 0.3, 0.5, 0.7, 0.0]), &raw);
+    let (first, second) = (tile([200, 30, 7]), tile([3, 90, 255]));
+    let tiles: [&[u8]; 2] = [&first, &second];
+    let expected = map(saved.factory().unwrap().open().unwrap().predict(&tiles).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("graphs");
+    let keeping = || saved.factory().unwrap().keeping_graph(&cache).unwrap();
+    let files = || std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let predictions = |factory: &SessionFactory| -> Vec<_> {
+        let sessions = factory.open_all(3).unwrap();
+        sessions.into_iter().map(|mut session| map(session.predict(&tiles).unwrap())).collect()
+    };
+    let factory = keeping();
+    assert_eq!(factory.kept_graph(), None);
+    assert_eq!(predictions(&factory), [expected.clone(), expected.clone(), expected.clone()]);
+    let [kept] = &files()[..] else { panic!("{:?}", files()) };
+    assert!(kept.file_name().unwrap().to_str().unwrap().starts_with("model-"), "{kept:?}");
+    let factory = keeping();
+    assert_eq!(factory.kept_graph(), Some(kept.as_path()));
+    assert_eq!(predictions(&factory), [expected.clone(), expected.clone(), expected]);
+    assert_eq!(files(), std::slice::from_ref(kept));
+    std::fs::write(kept, "damaged").unwrap();
+    let Err(error) = keeping().open() else { panic!("a damaged graph was opened") };
+    assert!(error.to_string().starts_with(&kept.display().to_string()), "{error}");
+}
+
+#[test]
+fn graphs_are_kept_in_a_folder_and_for_the_cpu_alone() {
+    let saved = save(&classifier(&Shape::default()), &bare(Task::Classification, &["a", "b"], Activation::None));
+    let card = saved.card.as_ref().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let refused = saved.factory().unwrap().keeping_graph(file.path()).err().unwrap();
+    assert!(
+        matches!(&refused, SessionError::GraphCache { folder, .. } if folder == file.path())
+            && refused.hint().is_some()
+    );
+    let openvino = SessionOptions { provider: Provider::OpenVino, ..ON_CPU };
+    let factory = SessionFactory::new(card, card.default_variant().unwrap(), openvino).unwrap();
+    let refused = factory.keeping_graph(Path::new("graphs")).err().unwrap();
+    assert!(matches!(refused, SessionError::NoGraphCache(Provider::OpenVino)));
+    assert!(!Path::new("graphs").exists());
+}
+
+#[test]
 fn a_model_that_takes_bytes_is_given_them_as_they_are() {
     let shape = Shape { layout: Layout::Nhwc, element: ElementType::U8, ..Shape::default() };
     let settings = BareModel { mean: None, std: None, ..bare(Task::Classification, &["a", "b"], Activation::None) };
