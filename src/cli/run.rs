@@ -188,6 +188,10 @@ fn summarise_slide(status: Status, record: &SlideRecord) -> String {
         rows.push(("time", format!("{:.1} s, {:.1} tiles/s", timing.seconds, timing.tiles_per_sec)));
         rows.push(("bottleneck", timing.bottleneck.clone()));
         rows.push(("relief", timing.relief.clone()));
+        let busy = |(gpu, share): (&String, &f64)| format!("{gpu} {:.0} % of the time", 100.0 * share);
+        if !timing.gpu_busy.is_empty() {
+            rows.push(("gpu busy", timing.gpu_busy.iter().map(busy).collect::<Vec<_>>().join(", ")));
+        }
     }
     if let Some((memory, peak)) = record.memory.as_ref().and_then(|memory| Some((memory, memory.peak_bytes?))) {
         rows.push(("memory", format!("{} at most, {} expected", bytes(peak), bytes(memory.expected_bytes))));

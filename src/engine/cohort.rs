@@ -10,9 +10,11 @@ use std::time::{Duration, Instant, SystemTime};
 use sha2::{Digest, Sha256};
 
 use super::config::{InputDigests, RunConfig, TilingConfig, TissueSource};
+use super::gpus::{self, Seen};
 use super::inputs::SlideInput;
 use super::plan::{self, SlidePlan};
 use super::{Conduct, Engine, EngineError, MemoryPlan, SlideRun, memory};
+use crate::inference::device::GpuMonitor;
 use crate::output;
 use crate::pipeline::{Activity, Cancel, Span, WorkerTrace};
 use crate::report::{
@@ -238,7 +240,8 @@ pub fn run(
     observe: &mut dyn FnMut(&Event<'_>),
 ) -> Result<CohortSummary, EngineError> {
     let mut summary = CohortSummary::default();
-    let mut cohort = Cohort { engine, folder, options, cancel, observe };
+    let gpus = gpus::monitor(&engine.devices());
+    let mut cohort = Cohort { engine, folder, options, cancel, gpus, observe };
     for (index, input) in slides.iter().enumerate() {
         (cohort.observe)(&Event::SlideStarted { id: &input.id, index, count: slides.len() });
         let Some((status, record)) = cohort.slide(input)? else {
@@ -260,6 +263,8 @@ struct Cohort<'a> {
     engine: &'a mut Engine,
     folder: &'a OutputFolder,
     options: CohortOptions,
+    /// `None` on a CPU, and where the driver can't be asked.
+    gpus: Option<GpuMonitor>,
     cancel: &'a Cancel,
     observe: &'a mut dyn FnMut(&Event<'_>),
 }
@@ -363,7 +368,8 @@ impl Cohort<'_> {
             memory.check(&plan)?;
         }
         let asked = self.engine.batch_size;
-        let run = self.run(&input.id, &plan)?;
+        let (run, seen) = self.run(&input.id, &plan);
+        let run = run?;
         if let Some(workers) = &run.trace {
             output::write_atomic(
                 &self.folder.trace_path(&input.id),
@@ -379,7 +385,7 @@ impl Cohort<'_> {
         if plan.positions.is_empty() {
             record.notes.push("no tile has enough tissue: nothing was inferred".to_owned());
         }
-        record.timing = Some(timing(&run, &self.engine.execution()));
+        record.timing = Some(timing(&run, &self.engine.execution(), &seen));
         if let Some(coverage) = &mut record.coverage {
             coverage.inferred = run.results.inferred;
             coverage.failed = run.results.failed;
@@ -389,21 +395,23 @@ impl Cohort<'_> {
         Ok(())
     }
 
-    /// Runs a slide below the limit on memory.
-    fn run(&mut self, id: &str, plan: &SlidePlan) -> Result<SlideRun, EngineError> {
-        let Self { engine, folder, options, observe, .. } = self;
+    /// Runs a slide below the limit on memory, and says what was seen of the GPUs meanwhile.
+    fn run(&mut self, id: &str, plan: &SlidePlan) -> (Result<SlideRun, EngineError>, Seen) {
+        let Self { engine, folder, options, gpus, observe, .. } = self;
         let mut progress = |tiles| observe(&Event::Progress { tiles });
-        let (run, over) = memory::watched(options.memory_limit, self.cancel, |cancel| {
-            let conduct = Conduct { cancel, is_traced: options.profile };
-            engine.run_slide(id, plan, folder.path(), conduct, &mut progress)
+        let ((run, over), seen) = gpus::watched_by(gpus.as_ref(), 0, || {
+            memory::watched(options.memory_limit, self.cancel, |cancel| {
+                let conduct = Conduct { cancel, is_traced: options.profile };
+                engine.run_slide(id, plan, folder.path(), conduct, &mut progress)
+            })
         });
-        let Some((peak, limit)) = over.zip(options.memory_limit) else { return run };
+        let Some((peak, limit)) = over.zip(options.memory_limit) else { return (run, seen) };
         match run {
             Ok(run) => run.results.remove(folder.path()),
             Err(EngineError::Cancelled) if !self.cancel.is_cancelled() => {}
-            Err(error) => return Err(error),
+            Err(error) => return (Err(error), seen),
         }
-        Err(EngineError::MemoryExceeded { path: plan.slide.path.clone(), peak, limit })
+        (Err(EngineError::MemoryExceeded { path: plan.slide.path.clone(), peak, limit }), seen)
     }
 }
 
@@ -438,7 +446,7 @@ fn reading(plan: &SlidePlan) -> ReadingRecord {
     }
 }
 
-fn timing(run: &SlideRun, execution: &ExecutionRecord) -> TimingRecord {
+fn timing(run: &SlideRun, execution: &ExecutionRecord, seen: &Seen) -> TimingRecord {
     let bottleneck = run.bottleneck(execution);
     let seconds = run.duration.as_secs_f64();
     TimingRecord {
@@ -447,6 +455,7 @@ fn timing(run: &SlideRun, execution: &ExecutionRecord) -> TimingRecord {
         tiles_per_sec: run.results.inferred as f64 / seconds.max(1e-9),
         bottleneck: bottleneck.what,
         relief: bottleneck.relief,
+        gpu_busy: seen.busy_by_device(),
         stages: run.stages.iter().map(super::stage_record).collect(),
     }
 }

@@ -8,6 +8,7 @@ pub mod cohort;
 pub mod config;
 mod cores;
 mod error;
+pub(crate) mod gpus;
 pub mod inputs;
 mod load;
 pub(crate) mod memory;

@@ -57,6 +57,9 @@ impl GpuMonitor {
     /// Opens the driver for the GPUs of these CUDA indices; `None` if it can't be asked, or sees none of them.
     #[must_use]
     pub fn open(indices: &[u32]) -> Option<Self> {
+        if indices.is_empty() {
+            return None;
+        }
         let nvml = Nvml::init().ok()?;
         let all = listed(&nvml).ok()?.into_iter();
         let watched: Vec<(String, u32)> =

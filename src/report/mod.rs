@@ -313,6 +313,9 @@ pub struct TimingRecord {
     /// What would relieve it.
     #[serde(default)]
     pub relief: String,
+    /// Share of the time in which each GPU was at work, 0–1, as its driver tells: the mean over the later half.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gpu_busy: BTreeMap<String, f64>,
     /// Each stage in order.
     pub stages: Vec<StageRecord>,
 }
