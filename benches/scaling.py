@@ -66,7 +66,8 @@ for number in range(arguments.rounds):
 results = [{"cores": core_count, "batch_size": size, "tiles_per_sec": statistics.median(rates), "samples": rates}
            for (core_count, size), rates in samples.items()]
 command = " ".join(["benches/scaling.py"] + [pathlib.Path(word).name if "/" in word else word for word in sys.argv[1:]])
-record = {"command": command, "version": about["version"], "hardware": about["hardware"],
+# The last run was told of as many cores as it got.
+record = {"command": command, "version": about["version"], "hardware": {**about["hardware"], "cores": len(CORES)},
           "libraries": {name: library["version"] for name, library in about["libraries"].items()},
           "tiles": slide["coverage"]["inferred"], "results": results}
 out = pathlib.Path(arguments.out)
@@ -74,8 +75,9 @@ out = pathlib.Path(arguments.out)
 panels = [(f"{count} core{'s' if count > 1 else ''}",
            [(f"batch {entry['batch_size']}", entry["tiles_per_sec"], True) for entry in results if entry["cores"] == count])
           for count in cores]
-note = f"{pathlib.Path(arguments.model).name} over {record['tiles']:,} tiles, median of {arguments.rounds}; {about['hardware']['cpu']}"
+machine = ", ".join([about["hardware"]["cpu"], *about["hardware"]["gpus"]])
+note = f"{pathlib.Path(arguments.model).name} over {record['tiles']:,} tiles, median of {arguments.rounds}; {machine}"
 most = max(entry["tiles_per_sec"] for entry in results)
-(out / f"{arguments.name}.svg").write_text(chart("Tiles per second by cores and batch size", note, [panels], most))
+(out / f"{arguments.name}.svg").write_text(chart("Tiles per second by cores and batch size", note, [panels[index:index + 3] for index in range(0, len(panels), 3)], most))
 for entry in results:
     print(f"{entry['cores']:>3} cores  batch {entry['batch_size']:>3}  {entry['tiles_per_sec']:>8.1f} tiles/s")

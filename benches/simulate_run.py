@@ -61,6 +61,12 @@ def run():
         return json.load(open(record)), json.load(open(out + "/run.json"))
 
 
+def reading_cores(record):
+    """Cores that decoding kept busy on average."""
+    (read,) = [stage for stage in record["timing"]["stages"] if stage["name"] == "read"]
+    return read["busy_secs"] / record["timing"]["pipeline_seconds"]
+
+
 rounds = []
 for number in range(arguments.rounds):
     simulated = simulate()
@@ -69,8 +75,10 @@ for number in range(arguments.rounds):
     rounds.append({
         "simulated": {key: simulated["slide"][key] for key in ("inference_tiles_per_sec", "reading_tiles_per_sec", "tiles_per_sec")},
         "run": record["timing"], "coverage": record["coverage"], "ratio": reached / promised,
+        "reading_cores": reading_cores(record),
     })
-    print(f"round {number + 1}: {reached:.1f} of {promised:.1f} tiles/s, {reached / promised:.3f}", file=sys.stderr, flush=True)
+    print(f"round {number + 1}: {reached:.1f} of {promised:.1f} tiles/s, {reached / promised:.3f}; reading kept "
+          f"{reading_cores(record):.1f} cores, GPUs {record['timing'].get('gpu_busy', {})}", file=sys.stderr, flush=True)
 
 result = {
     "command": " ".join(["benches/simulate_run.py"] + [os.path.basename(a) if "/" in a else a for a in sys.argv[1:]]),
