@@ -109,6 +109,22 @@ fn a_slide_that_needs_more_memory_than_it_may_take_fails() {
 }
 
 #[test]
+fn a_graph_kept_by_one_run_is_taken_by_the_next_and_changes_nothing() {
+    let (place, model, slide) = with_classifier();
+    let graphs = place.at("graphs").display().to_string();
+    let table = |out: &str, flags: &[&str], says: bool| {
+        let out = place.at(out);
+        let finished = place.run(&model, &[&slide], &out, flags).code(0);
+        assert_eq!(finished.stderr.contains("its graph was optimised by an earlier run: "), says, "{}", finished.stderr);
+        std::fs::read(out.join("model-outputs-csv/a.csv")).unwrap()
+    };
+    let expected = table("plain", &[], false);
+    assert!(table("first", &["--graph-cache", &graphs], false) == expected);
+    assert!(table("second", &["--graph-cache", &graphs], true) == expected);
+    assert_eq!(std::fs::read_dir(&graphs).unwrap().count(), 1);
+}
+
+#[test]
 fn two_slides_of_one_name_are_refused_before_any_work() {
     let (place, model, slide) = with_classifier();
     fs::create_dir(place.at("other")).unwrap();
