@@ -115,7 +115,12 @@ fn a_graph_kept_by_one_run_is_taken_by_the_next_and_changes_nothing() {
     let table = |out: &str, flags: &[&str], says: bool| {
         let out = place.at(out);
         let finished = place.run(&model, &[&slide], &out, flags).code(0);
-        assert_eq!(finished.stderr.contains("its graph was optimised by an earlier run: "), says, "{}", finished.stderr);
+        assert_eq!(
+            finished.stderr.contains("its graph was optimised by an earlier run: "),
+            says,
+            "{}",
+            finished.stderr
+        );
         std::fs::read(out.join("model-outputs-csv/a.csv")).unwrap()
     };
     let expected = table("plain", &[], false);
