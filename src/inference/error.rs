@@ -220,6 +220,14 @@ pub enum SessionError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// A graph that an earlier run has kept can't be opened.
+    #[error("{}: the graph that was kept can't be opened", path.display())]
+    KeptGraph {
+        /// Its file.
+        path: PathBuf,
+        /// ONNX Runtime's reason.
+        source: ort::Error,
+    },
     /// Optimised graphs are not kept for this provider.
     #[error("optimised graphs are kept for provider cpu, not for {0}")]
     NoGraphCache(Provider),
@@ -315,6 +323,7 @@ impl SessionError {
             Self::Native(error) => return Some(error.hint()),
             Self::Model(error) => return error.hint().map(str::to_owned),
             Self::Threads(_) => "set fewer `sessions`",
+            Self::KeptGraph { .. } => "remove it: the next run makes it again",
             Self::GraphCache { .. } | Self::NoGraphCache(_) => "choose another `graph_cache`, or leave it out",
             Self::Uneven { .. } => "set `sessions` to a multiple of the number of devices",
             Self::NoDevice { .. } => "set `device` to auto or cpu, or see `doctor` for the devices there are",

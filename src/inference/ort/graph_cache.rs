@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempPath;
 
 use crate::inference::card::Variant;
-use crate::inference::device;
+use crate::inference::device::{self, CpuInfo};
 use crate::inference::error::SessionError;
 use crate::native;
 
@@ -32,9 +32,13 @@ pub(super) struct GraphCache {
 }
 
 impl GraphCache {
-    /// The place in `folder`, which is made if it is missing.
-    pub(super) fn of(folder: &Path, variant: &Variant) -> Result<Self, SessionError> {
+    /// The place in `folder`, which is made if it is missing. `is_whole`: the model's weights lie in its own file.
+    pub(super) fn of(folder: &Path, variant: &Variant, is_whole: bool) -> Result<Self, SessionError> {
         let prepare = || {
+            if !is_whole {
+                // ONNX Runtime would look for them beside the graph.
+                return Err(io::Error::other("the model has weights in files of their own"));
+            }
             if fs::metadata(&variant.file)?.len() > MOST_BYTES {
                 return Err(io::Error::other("the model is too large: its graph would not fit a file"));
             }
@@ -42,8 +46,8 @@ impl GraphCache {
         };
         prepare().map_err(not_kept(folder))?;
         let runtime = native::onnx_runtime()?.version.clone();
-        let processor = device::list().cpu;
-        let made_of = format!("{}\n{runtime}\n{:?}\n{processor:?}", variant.sha256, variant.options);
+        let CpuInfo { name, features, .. } = device::list().cpu;
+        let made_of = format!("{}\n{runtime}\n{:?}\n{name} {features:?}", variant.sha256, variant.options);
         let hash: String = Sha256::digest(made_of).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         let stem = variant.file.file_stem().unwrap_or_default().to_string_lossy();
         let file = folder.join(format!("{stem}-{hash}.onnx"));
@@ -61,7 +65,15 @@ impl GraphCache {
         if self.is_begun.swap(true, Ordering::Relaxed) {
             return Ok(None);
         }
-        let temporary = tempfile::Builder::new().prefix(".graph-").suffix(".onnx").tempfile_in(&self.folder);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".graph-").suffix(".onnx");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // A temporary file is private by default; colleagues may share the folder.
+            builder.permissions(fs::Permissions::from_mode(0o666));
+        }
+        let temporary = builder.tempfile_in(&self.folder);
         Ok(Some(temporary.map_err(not_kept(&self.folder))?.into_temp_path()))
     }
 

@@ -54,6 +54,8 @@ struct Shared {
     options: SessionOptions,
     ignored_options: Vec<String>,
     packed_weights: PrepackedWeights,
+    /// Whether all weights lie in the model's own file.
+    is_whole: bool,
     /// Where the optimised graph is kept, if it is.
     graph_cache: Option<GraphCache>,
     /// Threads that prepare and read back the batches of a GPU. They do nothing else: it would wait while those that all
@@ -108,9 +110,10 @@ impl SessionFactory {
         native::onnx_runtime()?;
         let model = variant.load()?;
         let contract = card.check(&model, &variant.file)?;
+        let is_whole = model.weight_files(&variant.file).is_ok_and(|files| files.is_empty());
         let is_gpu = matches!(device, Device::Cuda { .. });
         let copying = is_gpu.then(|| ThreadPoolBuilder::new().build()).transpose().map_err(SessionError::Threads)?;
-        let stop = StopHandle::new().map_err(|source| open_error(&variant.file, provider, source))?;
+        let stop = StopHandle::new().map_err(|source| open_error(variant, provider, source))?;
         let is_ignored = |key: &&String| !is_session_setting(key) && !takes_options(provider, variant);
         let shared = Shared {
             card: card.clone(),
@@ -119,6 +122,7 @@ impl SessionFactory {
             options,
             ignored_options: variant.options.keys().filter(is_ignored).cloned().collect(),
             packed_weights: PrepackedWeights::new(),
+            is_whole,
             graph_cache: None,
             copying,
             wants_placement: provider != Provider::Cpu,
@@ -133,13 +137,13 @@ impl SessionFactory {
     ///
     /// # Errors
     /// [`SessionError::NoGraphCache`] on another provider than the CPU's, [`SessionError::GraphCache`] if the folder can't be
-    /// made or the model is too large.
+    /// made, or the model is too large or in several files.
     pub fn keeping_graph(mut self, folder: &Path) -> Result<Self, SessionError> {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             if shared.options.provider != Provider::Cpu {
                 return Err(SessionError::NoGraphCache(shared.options.provider));
             }
-            shared.graph_cache = Some(GraphCache::of(folder, &shared.variant)?);
+            shared.graph_cache = Some(GraphCache::of(folder, &shared.variant, shared.is_whole)?);
         }
         Ok(self)
     }
@@ -294,11 +298,11 @@ fn takes_options(provider: Provider, variant: &Variant) -> bool {
     }
 }
 
-fn open_error(file: &Path, provider: Provider, source: ort::Error) -> SessionError {
+fn open_error(variant: &Variant, provider: Provider, source: ort::Error) -> SessionError {
     if is_out_of_memory(source.message()) {
-        return SessionError::OutOfMemory { path: file.to_owned(), batch: 0, source: Some(source) };
+        return SessionError::OutOfMemory { path: variant.file.clone(), batch: 0, source: Some(source) };
     }
-    SessionError::Open { path: file.to_owned(), provider, source }
+    SessionError::Open { path: variant.file.clone(), provider, source }
 }
 
 /// What ONNX Runtime, CUDA, cuDNN and the C++ library say when memory runs out.
@@ -448,14 +452,13 @@ fn build(
     profile: Option<&Path>,
 ) -> Result<ort::session::Session, SessionError> {
     let (variant, provider) = (&shared.variant, shared.options.provider);
-    let failed = move |source| open_error(&variant.file, provider, source);
+    let failed = move |source| open_error(variant, provider, source);
     let mut builder = builder(environment, shared, profile).map_err(failed)?;
     let cache = shared.graph_cache.as_ref();
     if let Some(kept) = cache.and_then(GraphCache::kept) {
         let opened = builder.with_optimization_level(GraphOptimizationLevel::Disable).map_err(ort::Error::from);
-        return opened
-            .and_then(|mut builder| builder.commit_from_file(kept))
-            .map_err(|source| open_error(kept, provider, source));
+        let opened = opened.and_then(|mut builder| builder.commit_from_file(kept));
+        return opened.map_err(|source| SessionError::KeptGraph { path: kept.to_owned(), source });
     }
     let begun = cache.map_or(Ok(None), GraphCache::begin)?;
     if let Some(temporary) = &begun {
