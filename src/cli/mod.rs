@@ -150,9 +150,7 @@ impl<E: Into<ExperimentError>> From<E> for Failure {
 }
 
 pub(crate) fn main() -> ExitCode {
-    if let Err(failure) = processor::check() {
-        return ended_by(&failure);
-    }
+    processor::check();
     let cli = Cli::parse();
     native::set_paths(native::Paths { onnx_runtime: cli.onnxruntime_library, openslide: cli.openslide_library });
     let temporary = match interrupt::listen() {

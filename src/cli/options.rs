@@ -386,11 +386,12 @@ impl RunOptions {
         }
     }
 
-    /// Threads that read tiles; `None` is left to the machine.
+    /// Where optimised graphs are kept, if they are.
     pub(super) fn graph_cache(&self) -> Option<PathBuf> {
         self.graph_cache.as_ref().map(|folder| PathBuf::from(&folder.0))
     }
 
+    /// Threads that read tiles; `None` is left to the machine.
     pub(super) fn readers(&self) -> Result<Option<NonZeroUsize>, Failure> {
         some_workers("readers", &self.readers)
     }

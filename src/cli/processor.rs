@@ -1,17 +1,18 @@
 //! Tells a processor on which the program would end without a word: one that lacks the instructions it was compiled for.
 
-use super::Failure;
+use std::io::Write as _;
 
-/// Fails where `.cargo/config.toml` asked the compiler for more than this processor has.
-pub(super) fn check() -> Result<(), Failure> {
+/// Written as it is: putting it together, or handing it on, would take the very instructions.
+const TOO_OLD: &[u8] = b"error: this program was compiled for processors with AVX2 and BMI2, which this one lacks
+help: compile it on this machine by `RUSTFLAGS= cargo build --release`
+";
+
+/// Ends the program where `.cargo/config.toml` asked the compiler for more than this processor has.
+pub(super) fn check() {
     if cfg!(target_feature = "avx2") && !has_avx2_and_bmi2() {
-        return Err(Failure {
-            message: "this program was compiled for processors with AVX2 and BMI2, which this one lacks".to_owned(),
-            hint: Some("compile it on this machine by `RUSTFLAGS= cargo build --release`".to_owned()),
-            code: 1,
-        });
+        std::io::stderr().write_all(TOO_OLD).ok();
+        std::process::exit(1);
     }
-    Ok(())
 }
 
 /// By the processor's own word: `is_x86_feature_detected!` takes what the compiler was asked for as given.
