@@ -70,6 +70,7 @@ pub(crate) fn watched_by<T>(monitor: Option<&GpuMonitor>, idle_bytes: u64, work:
         // The watch must end too if the work panics.
         let result = catch_unwind(AssertUnwindSafe(work));
         done.store(true, Ordering::Release);
+        watch.thread().unpark();
         let mut seen = watch.join().unwrap_or_default();
         seen.peak_bytes = seen.peak_bytes.map(|peak| peak.saturating_sub(idle_bytes));
         (result.unwrap_or_else(|panic| resume_unwind(panic)), seen)
@@ -91,7 +92,7 @@ fn watch(monitor: &GpuMonitor, done: &AtomicBool) -> Seen {
         let watts: Option<f64> =
             gpus.iter().map(|gpu| gpu.milliwatts.map(|milliwatts| f64::from(milliwatts) / 1e3)).sum();
         seen.watts.extend(watts);
-        std::thread::sleep(SAMPLE);
+        std::thread::park_timeout(SAMPLE);
     }
     seen
 }
