@@ -340,8 +340,14 @@ mod tests {
     #[test]
     fn buffers_are_used_again() {
         let cache = TileCache::new(100, vec![2; 4]);
-        let address = get(&cache, 1).as_ptr();
-        get(&cache, 1);
+        let first = get(&cache, 1);
+        let address = first.as_ptr();
+        // The cache still holds it for its second read.
+        cache.give_back(first);
+        cache.give_back(get(&cache, 1));
+        // Were it freed, this one would likely get its memory.
+        let between = vec![0_u8; 100];
         assert_eq!(get(&cache, 3).as_ptr(), address);
+        assert_ne!(between.as_ptr(), address);
     }
 }
