@@ -20,6 +20,9 @@ use super::{AtomicFile, OutputError, Written};
 /// The pyramid ends at the level whose sides are both at most this.
 pub const MAX_TOP_SIDE: u32 = 512;
 
+/// Columns of the next level that are reduced together.
+const PIECE: usize = 128;
+
 /// XPosition and YPosition, in the resolution's unit.
 const TAG_POSITION: [u16; 2] = [286, 287];
 /// Software.
@@ -253,7 +256,7 @@ impl TileView<'_> {
 
     fn constant(&self) -> Option<u8> {
         let first = *self.pixels.get(self.left)?;
-        self.rows().all(|row| row.iter().all(|value| *value == first)).then_some(first)
+        self.rows().all(|row| is_constant(row, first)).then_some(first)
     }
 
     fn encoded(&self, encoder: &mut TileEncoder, size: usize) -> Result<EncodedTile, TiffError> {
@@ -305,6 +308,11 @@ impl TileEncoder {
     }
 }
 
+/// Whether all of a row has this value. A row at a time, without a way out before its end, so that it runs on vectors.
+fn is_constant(row: &[u8], value: u8) -> bool {
+    row.iter().fold(0, |differing, other| differing | (value ^ other)) == 0
+}
+
 /// Halves a band of rows into `out`; a last odd row or column is reduced by itself.
 fn reduce(pixels: &[u8], width: usize, how: Reduce, out: &mut Vec<u8>) {
     match how {
@@ -319,15 +327,24 @@ fn reduce_by(pixels: &[u8], width: usize, reduce: impl Fn([u8; 4]) -> u8 + Sync,
         let upper = &pair[..width];
         // Repeating the last row or column leaves mean and mode of what exists as they are.
         let lower = if pair.len() > width { &pair[width..] } else { upper };
-        let (upper, lower) = (upper.chunks_exact(2), lower.chunks_exact(2));
-        let last = upper.remainder().first().zip(lower.remainder().first());
-        if let (Some(out), Some((a, b))) = (out.last_mut(), last) {
-            *out = reduce([*a, *a, *b, *b]);
-        }
-        for ((a, b), out) in upper.zip(lower).zip(out) {
-            *out = reduce([a[0], a[1], b[0], b[1]]);
-        }
+        let pieces = upper.chunks(2 * PIECE).zip(lower.chunks(2 * PIECE)).zip(out.chunks_mut(PIECE));
+        pieces.for_each(|((upper, lower), out)| match upper[0] {
+            // Most of a slide is glass: it is its own mean and mode.
+            value if is_constant(upper, value) && is_constant(lower, value) => out.fill(value),
+            _ => reduce_pair(upper, lower, &reduce, out),
+        });
     });
+}
+
+fn reduce_pair(upper: &[u8], lower: &[u8], reduce: impl Fn([u8; 4]) -> u8, out: &mut [u8]) {
+    let (upper, lower) = (upper.chunks_exact(2), lower.chunks_exact(2));
+    let last = upper.remainder().first().zip(lower.remainder().first());
+    if let (Some(out), Some((a, b))) = (out.last_mut(), last) {
+        *out = reduce([*a, *a, *b, *b]);
+    }
+    for ((a, b), out) in upper.zip(lower).zip(out) {
+        *out = reduce([a[0], a[1], b[0], b[1]]);
+    }
 }
 
 fn mean(four: [u8; 4]) -> u8 {
@@ -338,17 +355,13 @@ fn mean(four: [u8; 4]) -> u8 {
 }
 
 fn mode([a, b, c, d]: [u8; 4]) -> u8 {
-    // With four values, whatever occurs twice before anything else does wins; a tie of two pairs has `a` in one of them.
-    if a == b || a == c || a == d {
-        // Three equal others can't exist if `a` has a partner, two pairs tie in favour of `a`.
-        a
-    } else if b == c || b == d {
-        b
-    } else if c == d {
-        c
-    } else {
-        a
-    }
+    // With four values, whatever occurs twice before anything else does wins; a tie of two pairs has `a` in one of them,
+    // and three equal others can't exist if `a` has a partner. All is compared, so that it runs on vectors.
+    let is_a = (a == b) | (a == c) | (a == d);
+    let is_b = (b == c) | (b == d);
+    let of_the_last = if c == d { c } else { a };
+    let of_others = if is_b { b } else { of_the_last };
+    if is_a { a } else { of_others }
 }
 
 /// Sizes from level 0 to the top, halved and rounded up.
