@@ -4,14 +4,15 @@
     benches/peers/compare.py SLIDE… [--slidestream target/release/slidestream] [--rounds 5] [--max-tiles N]
 
 One command sets everything up (`prepare.py`: each system in an environment of its own, pinned; FAST's system libraries by
-apt-get where it runs as root; the models with random weights, the same for all; slidestream's variants of them by its own
-`optimize`) and measures. Needs python3, 10 GB under --root and a built slidestream; `native/setup.sh` must have run.
+apt-get where it runs as root; models with random weights and the committed ones, the same weights for all; slidestream's
+variants of them by its own `optimize`) and measures. Needs python3, 10 GB under --root and a built slidestream;
+`native/setup.sh` must have run.
 
 A run is a process from start to end: importing, opening the slide and the model, reading, inference, writing. All get the
 same tiles: the tissue tiles of `slidestream tiles` that lie wholly in the slide, so nobody looks for tissue. The script
 and slidestream take the list, WSInfer as its own patch file, TIAToolbox and FAST as a mask. Each has the settings that are
-best for it (systems.py and run_*.py say which). Classifiers leave a table of tiles; the UNet a map at full resolution
-besides, which WSInfer can't, and which each writes in its own format.
+best for it (systems.py and run_*.py say which). Classifiers leave a table of tiles; UNets a map of classes at full
+resolution besides, which WSInfer can't, and which each writes in its own format; slidestream also one for each class.
 
 Every round runs all systems one after the other, beginning with another one each time; the slide is read through before a
 round, so that it lies in the page cache for all. Before the first, each runs once uncounted: caches that a first run fills

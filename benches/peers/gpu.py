@@ -26,12 +26,12 @@ import sys
 import torch
 
 from measure import hardware, in_turn, measured, read_through, why
-from models import CLASSES
+from models import GPU_MODEL, MPP
 from networks import build_vit, spread_logits
 from tiles import read_places, read_table, table_of, write_places
 
 HERE = pathlib.Path(__file__).resolve().parent
-SIDE, MPP = 224, 0.5
+SIDE = GPU_MODEL.side
 REFERENCE = "torch-openslide"
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -65,8 +65,8 @@ def make_model(chosen):
                       dynamic_axes=axes, opset_version=18, dynamo=False)
     shutil.rmtree(folder, ignore_errors=True)
     words = ["optimize", f"{source}.onnx", "--for", "cuda", "--to", "fp16", "--bytes", "--tiles", "8", "--out", folder, "--quiet",
-             "--task", "classification", "--activation", "softmax", "--class-names", ",".join(CLASSES), "--tile-size", SIDE,
-             "--target-mpp", MPP, "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
+             "--task", "classification", "--activation", "softmax", "--class-names", ",".join(GPU_MODEL.class_names),
+             "--tile-size", SIDE, "--target-mpp", MPP, "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
     ask(chosen, *words)
     return source, folder
 

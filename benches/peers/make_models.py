@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Makes the models that every system runs, with random weights: the same numbers in the form that each wants.
+"""Makes the models that every system runs: the same numbers in the form that each wants.
 
     make_models.py FOLDER
 
 Runs in the environment `tiatoolbox`. For each model FOLDER gets NAME.onnx, NAME.pt (TorchScript), NAME.pth (weights) and
 NAME.json (WSInfer's description); models.json tells parameters, FLOP of a tile, and how far ONNX and TorchScript are from
-PyTorch. Norms get statistics of real activations, and the logits of pictures of different colours are spread to a deviation
+PyTorch. Where weights are random, norms get statistics of real activations, and the logits of pictures of different colours are spread to a deviation
 of 1, so that a wrong pixel, or red for blue, shows in the probabilities.
 """
 import json
@@ -16,14 +16,20 @@ import onnxruntime
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import CLASSES, MODELS, MPP
+from models import MODELS, MPP
 from networks import build, pictures, spread_logits
+from onnx_weights import load_onnx
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 @torch.no_grad()
-def trained_like(name, side):
+def weighted(name, side):
     torch.manual_seed(1)
     net, head = build(name)
+    if MODELS[name].committed:
+        load_onnx(net, REPOSITORY / MODELS[name].committed)
+        return net.eval()
     net.train()
     for _ in range(10):
         net(pictures(8, side))
@@ -36,13 +42,14 @@ def description(name, side):
     """What WSInfer wants to know of a model."""
     scale = {"name": "Normalize", "arguments": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
     steps = [{"name": "Resize", "arguments": {"size": side}}, {"name": "ToTensor"}, scale]
-    return {"spec_version": "1.0", "architecture": name, "name": name, "num_classes": len(CLASSES), "class_names": CLASSES,
+    names = MODELS[name].class_names
+    return {"spec_version": "1.0", "architecture": name, "name": name, "num_classes": len(names), "class_names": names,
             "patch_size_pixels": side, "spacing_um_px": MPP, "transform": steps}
 
 
 @torch.no_grad()
 def export(name, side, folder):
-    net, images = trained_like(name, side), pictures(3, side)
+    net, images = weighted(name, side), pictures(3, side)
     path = str(folder / name)
     torch.save(net.state_dict(), path + ".pth")
     traced = torch.jit.trace(net, images)
@@ -54,13 +61,20 @@ def export(name, side, folder):
     (folder / f"{name}.json").write_text(json.dumps(description(name, side), indent=1) + "\n")
 
     expected = net(images)
-    session = onnxruntime.InferenceSession(path + ".onnx", providers=["CPUExecutionProvider"])
-    (of_onnx,) = session.run(None, {"input": images.numpy()})
+
+    def difference(onnx_file):
+        """Of ONNX Runtime's logits from PyTorch's, the largest."""
+        session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"input": images.numpy()})
+        return float((torch.from_numpy(found) - expected).abs().max())
+
+    made = {"onnx_from_pytorch": difference(path + ".onnx")}
+    if MODELS[name].committed:
+        made["committed_from_pytorch"] = difference(REPOSITORY / MODELS[name].committed)
     with FlopCounterMode(display=False) as counter:
         net(images[:1])
     return {"parameters": sum(weights.numel() for weights in net.parameters()), "flop_per_tile": counter.get_total_flops(),
-            "onnx_from_pytorch": float((torch.from_numpy(of_onnx) - expected).abs().max()),
-            "torchscript_from_pytorch": float((traced(images) - expected).abs().max())}
+            **made, "torchscript_from_pytorch": float((traced(images) - expected).abs().max())}
 
 
 folder = pathlib.Path(sys.argv[1])

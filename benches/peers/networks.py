@@ -1,4 +1,4 @@
-"""The networks as PyTorch modules, untrained. All take RGB scaled to [-1, 1] and return logits."""
+"""The networks as PyTorch modules. All take RGB scaled to [-1, 1] and return logits."""
 import pathlib
 import sys
 
@@ -7,10 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
-from models import CLASSES
+from models import GPU_MODEL, MODELS
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "models/train"))
-from nets import UNet  # noqa: E402
+from nets import UNet, ViT  # noqa: E402
 
 
 def convolution(inputs, outputs, side, stride, padding):
@@ -32,22 +32,25 @@ class TinyCNN(nn.Module):
 
 
 def build(name):
-    """The network, and the layer that makes its logits."""
+    """The network, untrained, and the layer that makes its logits."""
+    classes = MODELS[name].classes
     if name == "tinycnn":
-        net = TinyCNN(len(CLASSES))
+        net = TinyCNN(classes)
     elif name == "resnet18":
-        net = torchvision.models.resnet18(num_classes=len(CLASSES))
+        net = torchvision.models.resnet18(num_classes=classes)
         return net, net.fc
-    elif name == "unet16":
-        net = UNet(classes=1, base=16)
+    elif name == "vit_small":
+        net = timm.create_model("vit_small_patch16_224", num_classes=classes)
+    elif name == "cells_vit":
+        net = ViT(classes=classes)
     else:
-        net = timm.create_model("vit_small_patch16_224", num_classes=len(CLASSES))
+        net = UNet(classes=classes, base=16)
     return net, net.head
 
 
 def build_vit():
     """The network of the comparison on a GPU."""
-    return timm.create_model("vit_base_patch16_224", num_classes=len(CLASSES))
+    return timm.create_model("vit_base_patch16_224", num_classes=GPU_MODEL.classes)
 
 
 def pictures(count, side):

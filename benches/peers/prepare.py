@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from measure import why
-from models import CLASSES, MODELS, MPP
+from models import MODELS, MPP
 from tiles import read_places, write_places
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -23,7 +23,7 @@ PYTHON = "3.11"
 # FAST's libraries link against these, and compute through OpenCL.
 FAST_NEEDS = ["pocl-opencl-icd", "libgl1", "libopengl0", "libglib2.0-0", "libusb-1.0-0"]
 OPENTILE_NEEDS = ["libturbojpeg0"]
-# The weights are random, and untrained networks lose more by INT8 than trained ones: less than the usual 0.999 is asked.
+# Most weights are random, and untrained networks lose more by INT8 than trained ones: less than the usual 0.999 is asked.
 INT8_COSINE = "0.99"
 
 
@@ -121,8 +121,9 @@ class Setup:
     def models(self):
         """The folder with the models of `make_models.py`."""
         python, folder = self.environment("tiatoolbox"), self.root / "models"
-        made_by = [HERE / name for name in ("make_models.py", "models.py", "networks.py", "requirements/tiatoolbox.txt")]
-        stamp = "\n".join(file.read_text() for file in [*made_by, REPOSITORY / "models/train/nets.py"])
+        made_by = [HERE / name for name in ("make_models.py", "models.py", "networks.py", "onnx_weights.py", "requirements/tiatoolbox.txt")]
+        stamp = "\n".join([file.read_text() for file in [*made_by, REPOSITORY / "models/train/nets.py"]] +
+                          [digest(REPOSITORY / model.committed) for model in MODELS.values() if model.committed])
         if not is_made_from(folder, stamp):
             call([python, HERE / "make_models.py", folder])
             (folder / "made-from.txt").write_text(stamp)
@@ -136,8 +137,8 @@ class Setup:
         if not is_made_from(folder, stamp):
             shutil.rmtree(folder, ignore_errors=True)
             model = MODELS[name]
-            kind = ["--task", "segmentation", "--activation", "sigmoid", "--class-names", CLASSES[0]] if model.is_map else \
-                ["--task", "classification", "--activation", "softmax", "--class-names", ",".join(CLASSES)]
+            kind = ["--task", "segmentation" if model.is_map else "classification", "--class-names", ",".join(model.class_names),
+                    "--activation", "sigmoid" if model.classes == 1 else "softmax"]
             call([self.slidestream, "optimize", source, "--to", precision, "--out", folder, "--quiet",
                   "--calibrate", self.calibration_slide, "--tiles", "24", "--min-cosine", INT8_COSINE,
                   "--tile-size", str(model.side), "--target-mpp", str(MPP), "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5",

@@ -5,7 +5,7 @@
 
 MODEL is the path of the model's files without their endings; ENGINE is OpenVINO or ONNXRuntime. FAST takes no list of tiles
 but a mask, which it cuts into as many parts as there are patches: a mask of one pixel per patch is the list. For map models
-it leaves a pyramid of thresholded pixels, and no probabilities. Its OpenVINO computes in bf16 where the CPU has it, and FAST
+it leaves a pyramid of classes, and no probabilities. Its OpenVINO computes in bf16 where the CPU has it, and FAST
 has no setting for that.
 """
 import os
@@ -20,7 +20,8 @@ from tiles import read_places, table_of, write_table
 
 BATCH, MAGNIFICATION = 8, 20
 slide, model, places, out, engine = sys.argv[1], sys.argv[2], read_places(sys.argv[3]), pathlib.Path(sys.argv[4]), sys.argv[5]
-side, is_map = MODELS[pathlib.Path(model).name].side, MODELS[pathlib.Path(model).name].is_map
+kind = MODELS[pathlib.Path(model).name]
+side, is_map = kind.side, kind.is_map
 step = places[0][2]
 fast.Reporter.setGlobalReportMethod(fast.Reporter.NONE)
 
@@ -35,7 +36,8 @@ batches = fast.ImageToBatchGenerator.create(maxBatchSize=BATCH).connect(patches)
 options = {"scaleFactor": 1.0, "meanIntensity": 127.5, "standardDeviationIntensity": 127.5, "inferenceEngine": engine,
            "maxBatchSize": BATCH}
 if is_map:
-    network = fast.SegmentationNetwork.create(model + ".onnx", threshold=0.0, **options)  # of logits
+    threshold = 0.0 if kind.classes == 1 else -1e9  # of logits; among several classes the largest wins
+    network = fast.SegmentationNetwork.create(model + ".onnx", threshold=threshold, **options)
 else:
     network = fast.NeuralNetwork.create(model + ".onnx", **options)
 stitcher = fast.PatchStitcher.create(forceImagePyramidOutput=is_map).connect(network.connect(batches))

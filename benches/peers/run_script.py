@@ -24,7 +24,8 @@ from tiles import read_places, table_of, write_table
 
 BATCH, AHEAD = 16, 64
 slide, model, places, out, threads = sys.argv[1], sys.argv[2], read_places(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-side, is_map = MODELS[pathlib.Path(model).name].side, MODELS[pathlib.Path(model).name].is_map
+kind = MODELS[pathlib.Path(model).name]
+side = kind.side
 scale = places[0][2] / side
 mine = threading.local()
 
@@ -52,21 +53,24 @@ options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = threads
 session = onnxruntime.InferenceSession(model + ".onnx", options, providers=["CPUExecutionProvider"])
 width, height = openslide.OpenSlide(slide).dimensions
-mask = np.zeros((round(height / scale), round(width / scale)) if is_map else (0, 0), np.uint8)
+mask = np.zeros((round(height / scale), round(width / scale)) if kind.is_map else (0, 0), np.uint8)
 rows = []
 with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
     tiles = read_ahead(pool)
     while batch := list(itertools.islice(tiles, BATCH)):
         images = np.stack(batch).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         (logits,) = session.run(None, {"input": images})
-        if is_map:
-            for (x, y, _, _), tile in zip(places[len(rows) :], logits[:, 0]):
-                mask[round(y / scale) :, round(x / scale) :][:side, :side] = (tile > 0) * 255
-            probabilities = (1 / (1 + np.exp(-logits))).mean((2, 3))
+        if kind.classes == 1:
+            probabilities = 1 / (1 + np.exp(-logits))
         else:
             probabilities = np.exp(logits - logits.max(1, keepdims=True))
             probabilities /= probabilities.sum(1, keepdims=True)
+        if kind.is_map:
+            classes = (logits[:, 0] > 0) * 255 if kind.classes == 1 else logits.argmax(1)
+            for (x, y, _, _), tile in zip(places[len(rows) :], classes):
+                mask[round(y / scale) :, round(x / scale) :][:side, :side] = tile
+            probabilities = probabilities.mean((2, 3))
         rows.extend(probabilities.tolist())
 write_table(table_of(out, slide), places, rows)
-if is_map:
+if kind.is_map:
     cv2.imwrite(os.path.join(out, "mask.png"), mask)

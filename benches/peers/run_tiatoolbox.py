@@ -33,15 +33,15 @@ class Wrapped(ModelABC):
         super().__init__()
         self.net, _ = build(name)
         self.net.load_state_dict(torch.load(weights, weights_only=True))
-        self.is_map = MODELS[name].is_map
+        self.kind = MODELS[name]
         self.means = []
 
     def forward(self, image):
         logits = self.net(image)
-        if not self.is_map:
-            return torch.softmax(logits, 1)
-        tumour = torch.sigmoid(logits).permute(0, 2, 3, 1)
-        return torch.cat([1 - tumour, tumour], -1)
+        if self.kind.classes == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)  # the softmax of both is the sigmoid
+        probabilities = torch.softmax(logits, 1)
+        return probabilities.permute(0, 2, 3, 1) if self.kind.is_map else probabilities
 
     @staticmethod
     def preproc(image):
@@ -57,7 +57,8 @@ class Wrapped(ModelABC):
         with torch.inference_mode():
             probabilities = model.eval()(images).numpy()
         # Of a map as a double: in single precision the sum over a tile is off by more than the network.
-        model.means.append(probabilities[..., 1:].mean((1, 2), dtype=np.float64) if model.is_map else probabilities)
+        classes = probabilities[..., -model.kind.classes:]
+        model.means.append(classes.mean((1, 2), dtype=np.float64) if model.kind.is_map else classes)
         return probabilities
 
 

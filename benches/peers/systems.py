@@ -3,6 +3,8 @@
 A job has `slide`, `model`, `tiles` (the list) and `out`; every system leaves its table in OUT/model-outputs-csv. What a
 system can't do raises `Cannot`.
 """
+import os
+
 from models import MODELS
 from prepare import HERE, Cannot
 
@@ -31,7 +33,7 @@ def through_openslide(setup, job):
 
 def script(setup, job):
     # A network this small is faster on one thread, while the other cores read.
-    threads = "1" if job.model == "tinycnn" else "0"
+    threads = 1 if job.model == "tinycnn" else len(os.sched_getaffinity(0))
     return [setup.environment("script"), HERE / "run_script.py", *inputs(setup, job), threads], {}
 
 
