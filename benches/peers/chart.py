@@ -1,7 +1,7 @@
 """Bars as SVG: a panel per comparison, a bar per system, longer is better."""
 import html
 
-PANEL_WIDTH, LABEL_WIDTH, VALUE_WIDTH, BAR, GAP, HEADING, MARGIN = 430, 140, 70, 16, 6, 34, 20
+PANEL_WIDTH, LABEL_WIDTH, VALUE_WIDTH, BAR, GAP, HEADING, MARGIN = 470, 180, 70, 16, 6, 34, 20
 LEAST_WIDTH = 760  # room for title and note
 OURS, OTHERS, TEXT, FAINT = "#b2182b", "#8da0b3", "#222222", "#777777"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""slidestream beside WSInfer, TIAToolbox, FAST, and the script of 60 lines that many write instead, on the CPU.
+"""slidestream beside WSInfer, TIAToolbox, FAST, and the short script that many write instead, on the CPU.
 
     benches/peers/compare.py SLIDE… [--slidestream target/release/slidestream] [--rounds 5] [--max-tiles N]
 

@@ -4,9 +4,9 @@
     make_models.py FOLDER
 
 Runs in the environment `tiatoolbox`. For each model FOLDER gets NAME.onnx, NAME.pt (TorchScript), NAME.pth (weights) and
-NAME.json (WSInfer's description); models.json tells parameters, FLOP of a tile, and how far ONNX and TorchScript are from
-PyTorch. Where weights are random, norms get statistics of real activations, and the logits of pictures of different colours are spread to a deviation
-of 1, so that a wrong pixel, or red for blue, shows in the probabilities.
+NAME.json (WSInfer's description); models.json tells parameters, FLOP of a tile, and how far ONNX, TorchScript and the
+committed file are from PyTorch. Where weights are random, norms get statistics of real activations, and the logits of pictures
+of different colours are spread to a deviation of 1, so that a wrong pixel, or red for blue, shows in the probabilities.
 """
 import json
 import pathlib
@@ -21,6 +21,7 @@ from networks import build, pictures, spread_logits
 from onnx_weights import load_onnx
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-4  # of a logit, as when the committed models were exported
 
 
 @torch.no_grad()
@@ -71,6 +72,8 @@ def export(name, side, folder):
     made = {"onnx_from_pytorch": difference(path + ".onnx")}
     if MODELS[name].committed:
         made["committed_from_pytorch"] = difference(REPOSITORY / MODELS[name].committed)
+        if made["committed_from_pytorch"] > TOLERANCE:
+            raise SystemExit(f"{MODELS[name].committed} differs from PyTorch by {made['committed_from_pytorch']:.1e}")
     with FlopCounterMode(display=False) as counter:
         net(images[:1])
     return {"parameters": sum(weights.numel() for weights in net.parameters()), "flop_per_tile": counter.get_total_flops(),

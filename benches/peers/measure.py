@@ -2,6 +2,7 @@
 import os
 import pathlib
 import platform
+import resource
 import signal
 import subprocess
 import threading
@@ -14,8 +15,9 @@ def measured(command, environment, seconds_allowed, log, folder, samples_memory=
     """Runs `command` in `folder`; what it prints goes to the file `log`.
 
     `peak_mib` is the larger of two: the proportional set size summed over the process and its descendants, sampled, and
-    the resident set of the largest of them as the kernel kept it. Sampling walks all their pages and takes time away from
-    large processes: it is for runs whose time does not count, and without it there is only the second.
+    the resident set of the largest of them as the kernel kept it, where that is not this program's own, which it begins with.
+    Sampling walks all their pages and takes time away from large processes: it is for runs whose time does not count, and
+    without it there is only the second.
     """
     with open(log, "wb") as output:
         begin = time.perf_counter()
@@ -33,8 +35,10 @@ def measured(command, environment, seconds_allowed, log, folder, samples_memory=
         killer.cancel(), ended.set()
         if samples_memory:
             sampler.join()
-    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_mib": max(peak[0], usage.ru_maxrss) / 1024, "exit_code": process.returncode}
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak.append(usage.ru_maxrss if usage.ru_maxrss > own else 0)
+    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": max(peak) / 1024,
+            "exit_code": process.returncode}
 
 
 def why(exit_code, log):

@@ -22,7 +22,8 @@ def load_onnx(net, path):
         if isinstance(layer, nn.BatchNorm2d):
             folder, index = name.rsplit(".", 1)
             stored[f"{name}.weight"] = torch.full_like(layer.weight, (1 + layer.eps) ** 0.5)
-            stored[f"{name}.bias"] = stored[f"{folder}.{int(index) - 1}.weight_bias"]
+            if (bias := f"{folder}.{int(index) - 1}.weight_bias") in stored:
+                stored[f"{name}.bias"] = stored[bias]
     missing = [name for name, _ in net.named_parameters() if name not in stored]
     if missing:
         raise SystemExit(f"{path} has no {', '.join(missing)}")

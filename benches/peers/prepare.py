@@ -63,7 +63,8 @@ def is_made_from(folder, stamp):
 
 
 def digest(path):
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Setup:
@@ -130,19 +131,21 @@ class Setup:
         return folder
 
     @once
-    def variant(self, name, precision):
-        """The model folder that `slidestream optimize` makes at a precision, and the name of the variant to run."""
-        source, folder = self.models() / f"{name}.onnx", self.root / "optimized" / f"{name}-{precision}"
-        stamp = f"{digest(source)} {digest(self.slidestream)} {digest(self.calibration_slide)} {INT8_COSINE}"
+    def variant(self, name, precision, target):
+        """The model folder that `slidestream optimize --for TARGET` makes at a precision, and the variant to run."""
+        source, folder = self.models() / f"{name}.onnx", self.root / "optimized" / f"{name}-{precision}-{target}"
+        model = MODELS[name]
+        command = [self.slidestream, "optimize", source, "--for", target, "--to", precision, "--out", folder, "--quiet",
+                   "--calibrate", self.calibration_slide, "--tiles", "24", "--min-cosine", INT8_COSINE,
+                   "--tile-size", str(model.side), "--target-mpp", str(MPP), "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5",
+                   "--task", "segmentation" if model.is_map else "classification",
+                   "--class-names", ",".join(model.class_names), "--activation", "sigmoid" if model.classes == 1 else "softmax"]
+        libraries = self.libraries(target)
+        stamp = " ".join(map(str, command)) + f" {libraries}\n" + "\n".join(
+            digest(file) for file in [source, self.slidestream, self.calibration_slide, HERE / "requirements/openvino.txt"])
         if not is_made_from(folder, stamp):
             shutil.rmtree(folder, ignore_errors=True)
-            model = MODELS[name]
-            kind = ["--task", "segmentation" if model.is_map else "classification", "--class-names", ",".join(model.class_names),
-                    "--activation", "sigmoid" if model.classes == 1 else "softmax"]
-            call([self.slidestream, "optimize", source, "--to", precision, "--out", folder, "--quiet",
-                  "--calibrate", self.calibration_slide, "--tiles", "24", "--min-cosine", INT8_COSINE,
-                  "--tile-size", str(model.side), "--target-mpp", str(MPP), "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5",
-                  *kind])
+            call(command, env={**os.environ, **libraries})
             (folder / "made-from.txt").write_text(stamp)
         found = json.loads((folder / "optimize.json").read_text())["variants"]
         recommended = [variant["name"] for variant in found if variant["file"] and variant["is_recommended"]]
@@ -151,6 +154,10 @@ class Setup:
         if precision == "fp32":
             return folder, "fp32"
         raise Cannot("`slidestream optimize`: " + found[-1]["note"].split("; ")[-1])
+
+    def libraries(self, target):
+        """The variables by which slidestream finds an ONNX Runtime for `cpu` or `openvino`."""
+        return {"ORT_DYLIB_PATH": str(self.openvino())} if target == "openvino" else {}
 
     @once
     def openvino(self):

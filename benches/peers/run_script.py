@@ -3,7 +3,7 @@
 
     run_script.py SLIDE MODEL TILES.csv OUT THREADS
 
-A reader per core works ahead of the model, which gets batches of 16; THREADS are those of ONNX Runtime, 0 for one per core.
+A reader per core works ahead of the model, which gets batches of 16; THREADS are those of ONNX Runtime.
 Classifiers leave the table, map models a mask of the slide besides.
 """
 import collections

@@ -9,12 +9,13 @@ from models import MODELS
 from prepare import HERE, Cannot
 
 
-def slidestream(setup, job, precision="fp32", more=()):
-    folder, variant = setup.variant(job.model, precision)
+def slidestream(setup, job, precision="fp32", target="cpu", more=()):
+    folder, variant = setup.variant(job.model, precision, target)
     # Every system that gives maps writes them; a tile table alone would spare slidestream the stitching.
     kinds = "csv,tiff" if MODELS[job.model].is_map else "csv"
-    return [setup.slidestream, "run", job.slide, "--model", folder, "--variant", variant, "--coords", job.tiles,
-            "--out", job.out, "--device", "cpu", "--quiet", "--emit", kinds, *more], {}
+    command = [setup.slidestream, "run", job.slide, "--model", folder, "--variant", variant, "--device", "cpu",
+               "--provider", target, "--coords", job.tiles, "--out", job.out, "--quiet", "--emit", kinds, *more]
+    return command, setup.libraries(target)
 
 
 def slidestream_int8(setup, job):
@@ -22,8 +23,11 @@ def slidestream_int8(setup, job):
 
 
 def slidestream_openvino(setup, job):
-    command, _ = slidestream(setup, job, more=["--provider", "openvino"])
-    return command, {"ORT_DYLIB_PATH": str(setup.openvino())}
+    return slidestream(setup, job, target="openvino")
+
+
+def slidestream_openvino_int8(setup, job):
+    return slidestream(setup, job, "int8", "openvino")
 
 
 def through_openslide(setup, job):
@@ -32,7 +36,8 @@ def through_openslide(setup, job):
 
 
 def script(setup, job):
-    # A network this small is faster on one thread, while the other cores read.
+    # A network this small is faster on one thread, while the other cores read. ONNX Runtime's own choice would count all
+    # physical cores, also those that this process may not use.
     threads = 1 if job.model == "tinycnn" else len(os.sched_getaffinity(0))
     return [setup.environment("script"), HERE / "run_script.py", *inputs(setup, job), threads], {}
 
@@ -64,6 +69,7 @@ SYSTEMS = {
     REFERENCE: slidestream,
     "slidestream-int8": slidestream_int8,
     "slidestream-openvino": slidestream_openvino,
+    "slidestream-openvino-int8": slidestream_openvino_int8,
     "script": script,
     "wsinfer": wsinfer,
     "tiatoolbox": tiatoolbox,
