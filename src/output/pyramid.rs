@@ -20,7 +20,8 @@ use super::{AtomicFile, OutputError, Written};
 /// The pyramid ends at the level whose sides are both at most this.
 pub const MAX_TOP_SIDE: u32 = 512;
 
-/// Columns of the next level that are reduced together.
+/// Columns of the next level that are reduced together: a piece and the pair it comes from lie in the first-level cache, and
+/// few pieces at a border of glass hold both (benches/results/glass-on-vectors.json).
 const PIECE: usize = 128;
 
 /// XPosition and YPosition, in the resolution's unit.
@@ -497,6 +498,23 @@ mod tests {
         let pixels = [10, 20, 50, 30, 40, 70, 5, 6, 9];
         assert_eq!(halved(&pixels, 3, Reduce::Mean), [25, 60, 6, 9]);
         assert_eq!(halved(&[7, 8, 9], 1, Reduce::Mean), [8, 9]);
+    }
+
+    #[test]
+    fn glass_and_what_borders_on_it_are_reduced_alike() {
+        // Pieces of glass, of both, and of neither; the last column has no neighbour.
+        let width = 6 * PIECE + 1;
+        let row = |shift: usize| -> Vec<u8> {
+            let value = |x: usize| if x < 2 * PIECE + 3 { 7 } else { (x * x / 5 + shift).to_le_bytes()[0] };
+            (0..width).map(value).collect()
+        };
+        let (upper, lower) = (row(0), row(1));
+        for (how, reduced) in [(Reduce::Mean, mean as fn([u8; 4]) -> u8), (Reduce::Mode, mode)] {
+            let of_columns =
+                |left: usize, right: usize| reduced([upper[left], upper[right], lower[left], lower[right]]);
+            let want: Vec<u8> = (0..width).step_by(2).map(|left| of_columns(left, (left + 1).min(width - 1))).collect();
+            assert_eq!(halved(&[&upper[..], &lower].concat(), width, how), want);
+        }
     }
 
     #[test]

@@ -213,10 +213,10 @@ mod tests {
         let spec = StitchSpec { plane, cell: 1, class_count: 2, overlap: 0, threshold: None };
         let factor = 3;
         let mut builder = OverviewBuilder::new(&spec, width.div_ceil(factor)).unwrap();
-        // Every tenth column was not inferred; class 0 falls from left to right.
-        let is_inferred = |x: usize| !x.is_multiple_of(10);
-        let level = |x: usize, y: usize| if is_inferred(x) { u8::try_from(255 - x / 12 - y).unwrap() } else { 0 };
-        let class = |x: usize, y: usize| u8::from(is_inferred(x)) * if level(x, y) >= 128 { 1 } else { 2 };
+        // Every tenth column and one row were not inferred; class 0 falls from left to right.
+        let is_inferred = |x: usize, y: usize| !x.is_multiple_of(10) && y != 4;
+        let level = |x: usize, y: usize| if is_inferred(x, y) { u8::try_from(255 - x / 12 - y).unwrap() } else { 0 };
+        let class = |x: usize, y: usize| u8::from(is_inferred(x, y)) * if level(x, y) >= 128 { 1 } else { 2 };
         for (first_row, row_count) in [(0, 5), (5, 3)] {
             let all = |value: &dyn Fn(usize, usize) -> u8| -> Vec<u8> {
                 (first_row..first_row + row_count)
@@ -224,7 +224,7 @@ mod tests {
                     .map(|(x, y)| value(x, y))
                     .collect()
             };
-            let rest = |x: usize, y: usize| if is_inferred(x) { 255 - level(x, y) } else { 0 };
+            let rest = |x: usize, y: usize| if is_inferred(x, y) { 255 - level(x, y) } else { 0 };
             let probabilities = [all(&level), all(&rest)].concat();
             builder.add(&Strip { first_row: first_row as u64, row_count, width, probabilities, classes: all(&class) });
         }
@@ -235,7 +235,7 @@ mod tests {
             let cells =
                 (top..height.min(top + factor)).flat_map(|y| (left..width.min(left + factor)).map(move |x| (x, y)));
             let levels: Vec<usize> =
-                cells.filter(|(x, _)| is_inferred(*x)).map(|(x, y)| usize::from(level(x, y))).collect();
+                cells.filter(|(x, y)| is_inferred(*x, *y)).map(|(x, y)| usize::from(level(x, y))).collect();
             let mean = (levels.iter().sum::<usize>() + levels.len() / 2) / levels.len();
             assert_eq!(usize::from(overview.probabilities[0][cell]), mean, "cell {cell}");
             assert_eq!(overview.classes[cell], if mean >= 128 { 1 } else { 2 }, "cell {cell}");
