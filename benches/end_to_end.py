@@ -23,6 +23,7 @@ parser.add_argument("slide")
 parser.add_argument("model")
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--region", required=True, help="both go over this part of the slide, X,Y,W,H")
+parser.add_argument("--emit", help="of the runs; pictures are no stage, and cost a small network's run a fifth")
 parser.add_argument("--name", help="of the result file")
 arguments = parser.parse_args()
 
@@ -40,6 +41,7 @@ for number in range(arguments.rounds):
     stages = json.loads(subprocess.run([stages_binary, slide, model, arguments.region], check=True, capture_output=True, cwd=ROOT).stdout)
     with tempfile.TemporaryDirectory() as out:
         command = [slidestream, "run", slide, "--model", model, "--region", arguments.region, "--out", out, "--quiet"]
+        command += ["--emit", arguments.emit] if arguments.emit else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         (record,) = glob.glob(out + "/slides/*.json")
         record, run = json.load(open(record)), json.load(open(out + "/run.json"))
