@@ -4,8 +4,9 @@
     benches/reading_bound.py --slide SLIDE [--tile-size 224] [--rounds 5] --name NAME
 
 Needs onnx, and `cargo build --release --examples`. The model takes bytes and gives the colour of one pixel, so that what a
-run costs beyond reading is the engine's. The reader reads all tissue tiles on a thread per core (`examples/read_tiles.rs`);
-a run's rate is that of its record, from the first tile to the last output, of which there is the tile table alone.
+run costs beyond reading is nearly the engine's alone: what its sessions still cost, copying the bytes, `simulate` measures.
+The reader reads all tissue tiles on a thread per core (`examples/read_tiles.rs`); a run's rate is that of its record, from
+the first tile to the last output, of which there is the tile table alone. `of_ideal` is the share of what both costs allow.
 Everything measured is written to benches/results/, with versions, hardware and the command.
 """
 import argparse
@@ -52,11 +53,20 @@ def printed(*command):
     return ran.stdout
 
 
+def model(folder):
+    return ["--model", folder / "one_pixel.onnx", "--task", "classification", "--tile-size", side, "--target-mpp", "0.5",
+            "--class-names", "r,g,b", "--mean", "0,0,0", "--std", "1,1,1", "--activation", "softmax", "--device", "cpu",
+            "--quiet"]
+
+
+def infer(folder):
+    record = json.loads(printed(slidestream, "simulate", *model(folder), "--batch-sizes", "1", "--seconds", "1", "--json"))
+    return record["points"][0]["tiles_per_sec"]["value"]
+
+
 def run(folder, number):
     out = folder / f"out{number}"
-    printed(slidestream, "run", slide, "--model", folder / "one_pixel.onnx", "--task", "classification", "--tile-size", side,
-            "--target-mpp", "0.5", "--class-names", "r,g,b", "--mean", "0,0,0", "--std", "1,1,1", "--activation", "softmax",
-            "--coords", folder / "tiles.csv", "--out", out, "--device", "cpu", "--emit", "csv", "--quiet")
+    printed(slidestream, "run", slide, *model(folder), "--coords", folder / "tiles.csv", "--out", out, "--emit", "csv")
     (slide_record,) = (out / "slides").glob("*.json")
     return json.loads((out / "run.json").read_text()), json.loads(slide_record.read_text())["timing"]
 
@@ -69,22 +79,25 @@ with tempfile.TemporaryDirectory() as name:
     with open(folder / "tiles.csv", newline="") as file:
         corners = [(row["minx"], row["miny"]) for row in csv.DictReader(file)]
     (folder / "corners.csv").write_text("".join(f"{x},{y}\n" for x, y in corners))
-    reading, timings = [], []
+    reading, inference, timings = [], [], []
     for number in range(arguments.rounds + 1):
         read = json.loads(printed(read_tiles, slide, folder / "corners.csv", side, threads, "auto"))
         record, timing = run(folder, number)
         if number:  # the first round warms caches up
             reading.append(read["tiles"] / read["s"])
+            inference.append(infer(folder))
             timings.append(timing)
 
 rates = [timing["tiles_per_sec"] for timing in timings]
-ratio = statistics.median(rates) / statistics.median(reading)
+read, inferred, reached = map(statistics.median, (reading, inference, rates))
+of_reading, of_ideal = reached / read, reached * (1 / read + 1 / inferred)
 words = [pathlib.Path(word).name if "/" in word else word for word in sys.argv[1:]]
 result = {
     "command": " ".join(["benches/reading_bound.py", *words]),
     **{key: record[key] for key in ("version", "libraries", "hardware", "execution")},
-    "tiles": len(corners), "run_tiles_per_sec": rates, "reading_tiles_per_sec": reading, "ratio": ratio,
+    "tiles": len(corners), "run_tiles_per_sec": rates, "reading_tiles_per_sec": reading,
+    "inference_tiles_per_sec": inference, "of_reading": of_reading, "of_ideal": of_ideal,
     "stages": [timing["stages"] for timing in timings],
 }
 (pathlib.Path(arguments.out) / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-print(f"run {statistics.median(rates):.0f} of {statistics.median(reading):.0f} tiles/s read: {ratio:.3f}")
+print(f"run {reached:.0f} of {read:.0f} tiles/s read: {of_reading:.3f}; with sessions of {inferred:.0f}: {of_ideal:.3f}")
