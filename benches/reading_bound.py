@@ -94,7 +94,8 @@ of_reading, of_ideal = reached / read, reached * (1 / read + 1 / inferred)
 words = [pathlib.Path(word).name if "/" in word else word for word in sys.argv[1:]]
 result = {
     "command": " ".join(["benches/reading_bound.py", *words]),
-    **{key: record[key] for key in ("version", "libraries", "hardware", "execution")},
+    **{key: record[key] for key in ("version", "hardware", "execution")},
+    "libraries": {name: library["version"] for name, library in record["libraries"].items()},
     "tiles": len(corners), "run_tiles_per_sec": rates, "reading_tiles_per_sec": reading,
     "inference_tiles_per_sec": inference, "of_reading": of_reading, "of_ideal": of_ideal,
     "stages": [timing["stages"] for timing in timings],
