@@ -122,9 +122,10 @@ class Setup:
     def models(self):
         """The folder with the models of `make_models.py`."""
         python, folder = self.environment("tiatoolbox"), self.root / "models"
-        made_by = [HERE / name for name in ("make_models.py", "models.py", "networks.py", "onnx_weights.py", "requirements/tiatoolbox.txt")]
-        stamp = "\n".join([file.read_text() for file in [*made_by, REPOSITORY / "models/train/nets.py"]] +
-                          [digest(REPOSITORY / model.committed) for model in MODELS.values() if model.committed])
+        programs = ("make_models.py", "models.py", "networks.py", "onnx_weights.py", "requirements/tiatoolbox.txt")
+        made_by = [*(HERE / name for name in programs), REPOSITORY / "models/train/nets.py"]
+        made_by += [REPOSITORY / model.committed for model in MODELS.values() if model.committed]
+        stamp = "\n".join(map(digest, made_by))
         if not is_made_from(folder, stamp):
             call([python, HERE / "make_models.py", folder])
             (folder / "made-from.txt").write_text(stamp)
