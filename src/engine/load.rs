@@ -175,7 +175,7 @@ pub(crate) fn model_record(card: &ModelCard, variant: &Variant) -> ModelRecord {
         file: variant.file.display().to_string(),
         sha256: variant.sha256.clone(),
         task: card.task.to_string(),
-        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
+        classes: card.class_names(),
     }
 }
 

@@ -93,10 +93,6 @@ impl Target<'_> {
         self.out.join(folder).join(format!("{}.{suffix}", self.id))
     }
 
-    fn class_names(&self) -> Vec<String> {
-        self.card.classes.iter().map(|class| class.name.clone()).collect()
-    }
-
     pub(super) fn class_styles(&self) -> Vec<ClassStyle> {
         let style = |class: &crate::inference::Class| ClassStyle { name: class.name.clone(), color: class.color };
         self.card.classes.iter().map(style).collect()
@@ -106,7 +102,7 @@ impl Target<'_> {
 impl<'a> SlideFiles<'a> {
     /// Starts the files that are asked for.
     pub(super) fn create(target: Target<'a>) -> Result<Self, EngineError> {
-        let names = target.class_names();
+        let names = target.card.class_names();
         let csv = target
             .emits(Emit::Csv)
             .then(|| TileCsvWriter::create(&target.path("model-outputs-csv", "csv"), &names))
@@ -258,7 +254,7 @@ impl Maps {
             || rayon::join(regions, overlay),
         );
         files.extend([regions, overlay]);
-        (files, shares(&target.class_names(), &cells))
+        (files, shares(&target.card.class_names(), &cells))
     }
 
     fn create(target: &Target<'_>, spec: &StitchSpec) -> Result<Self, EngineError> {
@@ -271,7 +267,7 @@ impl Maps {
             |what: &str| format!("slidestream {what} of slide {} by model {}", target.id, target.card.name);
         let pyramid = pyramid_spec(target.plan, spec).ok_or_else(too_large)?;
         let mut probabilities = Vec::new();
-        let names = target.class_names();
+        let names = target.card.class_names();
         for (name, file) in names.iter().zip(file_names(&names)) {
             let description = description(&format!("probability (0-255) of class {name}"));
             let path = target.path("heatmaps", &format!("{file}.tif"));

@@ -291,6 +291,12 @@ impl ModelCard {
         }
     }
 
+    /// The classes' names in the order of the outputs.
+    #[must_use]
+    pub fn class_names(&self) -> Vec<String> {
+        self.classes.iter().map(|class| class.name.clone()).collect()
+    }
+
     /// The variant called `name`.
     ///
     /// # Errors

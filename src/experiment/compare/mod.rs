@@ -199,7 +199,7 @@ fn models(request: &CompareRequest, subjects: &[Subject]) -> Vec<ComparedModel> 
     let of_model = |(index, card): (usize, &ModelCard)| ComparedModel {
         name: card.name.clone(),
         task: card.task.to_string(),
-        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
+        classes: card.class_names(),
         tile_size: card.tile_size,
         variants: subjects.iter().filter(|subject| subject.model == index).map(variant).collect(),
     };

@@ -39,7 +39,7 @@ fn record(subject: &Subject, agreement: &Agreement) -> AgreementRecord {
         p1: percentile(&agreement.cosines, 1.0),
         min: agreement.min_cosine(),
     });
-    let names = subject.card.classes.iter().map(|class| class.name.clone());
+    let names = subject.card.class_names().into_iter();
     let largest = agreement.max_abs_difference;
     AgreementRecord {
         variant: subject.name.clone(),

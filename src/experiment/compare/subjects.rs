@@ -170,7 +170,7 @@ fn in_order<'a>(card: &'a ModelCard, is_first: bool, asked: &[String]) -> Result
 }
 
 fn comparable(first: &ModelCard, other: &ModelCard) -> Result<(), ExperimentError> {
-    let names = |card: &ModelCard| card.classes.iter().map(|class| class.name.clone()).collect::<Vec<_>>().join(", ");
+    let names = |card: &ModelCard| card.class_names().join(", ");
     let what = if first.task != other.task {
         format!("its task is {}, not {}", other.task, first.task)
     } else if first.tile_size != other.tile_size || first.mpp != other.mpp {
