@@ -134,6 +134,42 @@ impl Engine {
         })
     }
 
+    /// An engine over sessions that were made elsewhere: by another runtime, or with answers that are known beforehand.
+    ///
+    /// `execution` says where they run; its readers and its tiles per batch, at least one each, are those of the engine.
+    #[must_use]
+    pub fn over_sessions(
+        card: ModelCard,
+        config: RunConfig,
+        sessions: Vec<Box<dyn Session>>,
+        execution: ExecutionRecord,
+    ) -> Self {
+        let model = ModelRecord {
+            name: card.name.clone(),
+            variant: execution.provider.clone(),
+            task: card.task.to_string(),
+            classes: card.class_names(),
+            ..ModelRecord::default()
+        };
+        let at_least_one = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            readers: at_least_one(execution.readers),
+            batch_size: at_least_one(execution.batch_size),
+            execution: ExecutionRecord { sessions: sessions.len(), ..execution },
+            card,
+            config,
+            sessions,
+            factories: Vec::new(),
+            is_split_due: false,
+            // What they take of memory is not this engine's to find out.
+            warm_batch: usize::MAX,
+            cold_bytes: 0,
+            model_bytes: None,
+            room: Room::AMPLE,
+            model,
+        }
+    }
+
     /// The model that was loaded.
     #[must_use]
     pub fn model(&self) -> &ModelRecord {

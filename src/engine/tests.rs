@@ -31,39 +31,9 @@ fn engine(batch_size: usize, fault: Option<(u64, Fault)>) -> Engine {
         on_nonfinite: OnFailure::Skip,
         icc: false,
     };
-    let model = ModelRecord {
-        name: "fake".to_owned(),
-        variant: "fp32".to_owned(),
-        file: String::new(),
-        sha256: String::new(),
-        task: card.task.to_string(),
-        classes: card.classes.iter().map(|class| class.name.clone()).collect(),
-    };
-    let execution = ExecutionRecord {
-        device: "cpu".to_owned(),
-        provider: "cpu".to_owned(),
-        reason: String::new(),
-        placement: BTreeMap::new(),
-        batch_size,
-        readers: 2,
-        sessions: 1,
-        threads_per_session: 1,
-    };
-    Engine {
-        card,
-        config,
-        sessions: vec![Box::new(session)],
-        factories: Vec::new(),
-        readers: NonZeroUsize::new(2).unwrap(),
-        batch_size: NonZeroUsize::new(batch_size).unwrap(),
-        warm_batch: usize::MAX,
-        cold_bytes: 0,
-        model_bytes: None,
-        room: Room::AMPLE,
-        is_split_due: false,
-        model,
-        execution,
-    }
+    let execution =
+        ExecutionRecord { provider: "fake".to_owned(), batch_size, readers: 2, ..ExecutionRecord::default() };
+    Engine::over_sessions(card, config, vec![Box::new(session)], execution)
 }
 
 /// Runs over a slide of 640 × 320 px: 50 tiles.
