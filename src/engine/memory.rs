@@ -9,7 +9,7 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 
 use super::config::{Emit, RunConfig};
 use super::plan::SlidePlan;
-use super::{EngineError, PREDICTIONS, RESULTS, SPARE_BUFFERS, pictures, stitch_spec, write};
+use super::{EngineError, PREDICTIONS, QUEUE, RESULTS, SPARE_BYTES, pictures, stitch_spec, write};
 use crate::geometry::TilePosition;
 use crate::inference::{ModelCard, Task};
 use crate::pipeline::Cancel;
@@ -38,8 +38,8 @@ const TRACE_BYTES: u64 = 4096;
 /// What of a run's memory changes its speed and none of its results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Room {
-    /// Tile buffers beyond those that the workers hold.
-    pub(super) spare_buffers: usize,
+    /// Pixels of tiles beyond those that the workers hold.
+    pub(super) spare_bytes: u64,
     /// Results between stitching and writing.
     pub(super) waiting_results: NonZeroUsize,
     /// Decoded tiles of the file, in bytes; `None` is as much as the reader holds by itself.
@@ -48,9 +48,16 @@ pub(super) struct Room {
 
 impl Room {
     /// As much as makes a run fast.
-    pub(super) const AMPLE: Self = Self { spare_buffers: SPARE_BUFFERS, waiting_results: RESULTS, decoded_bytes: None };
+    pub(super) const AMPLE: Self = Self { spare_bytes: SPARE_BYTES, waiting_results: RESULTS, decoded_bytes: None };
     /// As little as a run needs, but for the decoded tiles.
-    const LEAST: Self = Self { spare_buffers: 0, waiting_results: NonZeroUsize::MIN, decoded_bytes: None };
+    const LEAST: Self = Self { spare_bytes: 0, waiting_results: NonZeroUsize::MIN, decoded_bytes: None };
+
+    /// How many tiles of a side of `tile_size` pixels it has buffers for beyond those that the workers hold: no more than
+    /// wait between two stages.
+    pub(super) fn spare_buffers(self, tile_size: u32) -> usize {
+        let tile_bytes = 3 * u64::from(tile_size).pow(2);
+        usize::try_from(self.spare_bytes / tile_bytes.max(1)).unwrap_or(usize::MAX).min(QUEUE.get())
+    }
 }
 
 /// What a slide's run takes of memory, in bytes, by what it is for.
@@ -232,7 +239,7 @@ impl Work<'_> {
             Task::Segmentation => card.classes.len() as u64 * pixels,
             Task::Features => FEATURES,
         };
-        let buffers = buffer_count(batch_size, sessions, readers) + room.spare_buffers;
+        let buffers = buffer_count(batch_size, sessions, readers) + room.spare_buffers(plan.plane.tile_size);
         let on_their_way = (buffers as u64).min(count);
         let spec = stitch_spec(card, config, plan);
         let stitching = spec.as_ref().map_or(0, |spec| stitching_bytes(spec, room));

@@ -52,13 +52,14 @@ use crate::stitch::{StitchSpec, Stitcher};
 
 /// Tiles between two calls of the progress callback.
 const PROGRESS_STEP: u64 = 8;
-/// Items between two stages: enough to hide an uneven rate. The pool of buffers bounds what they hold in all.
-const QUEUE: NonZeroUsize = NonZeroUsize::new(8).unwrap();
-/// Batches with results between inference and stitching: maps are larger than the pixels that they were made from.
+/// Items between two stages: so many that none waits for one that waits for a core itself. What they hold in all is bounded
+/// by the pool of buffers.
+const QUEUE: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+/// Batches with results between inference and stitching that the pool has buffers for.
 const PREDICTIONS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
-/// Buffers beyond those that the workers hold: with them small tiles pass 10 % faster, as a worker that has to wait for a
-/// core holds back nobody.
-const SPARE_BUFFERS: usize = 24;
+/// Pixels of tiles beyond those that the workers hold: with them small tiles pass 10 % faster, as a worker that has to wait
+/// for a core holds back nobody. The larger a tile is, the longer it takes, and the fewer pass meanwhile.
+const SPARE_BYTES: u64 = 10 << 20;
 /// Results between stitching and writing. The rows that a row of tiles completes leave at once, in up to eight strips of a
 /// 512 px tile: without room for them stitching and writing would take turns.
 const RESULTS: NonZeroUsize = NonZeroUsize::new(10).unwrap();
@@ -273,7 +274,8 @@ impl Engine {
         }
         let stitcher = spec.as_ref().map(|spec| Stitcher::new(*spec)).transpose()?;
 
-        let pool_size = buffer_count(batch_size, sessions.len(), readers.len()) + room.spare_buffers;
+        let pool_size =
+            buffer_count(batch_size, sessions.len(), readers.len()) + room.spare_buffers(plan.plane.tile_size);
         let (pool, free_buffers) = bounded(pool_size);
         for _ in 0..pool_size {
             pool.send(Vec::new()).ok();
@@ -309,7 +311,7 @@ impl Engine {
                     .source("plan", QUEUE, tiles)
                     .through("read", QUEUE, read)
                     .through("batch", QUEUE, vec![Group::new(batch_size)])
-                    .through("infer", PREDICTIONS, infer)
+                    .through("infer", QUEUE, infer)
                     .through("stitch", room.waiting_results, vec![stitch]);
                 // Both closures of the fold need the files; they run one after the other.
                 let files = RefCell::new(files);

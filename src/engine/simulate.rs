@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
-use super::memory::buffer_count;
+use super::memory::{Room, buffer_count};
 use super::stages::{Group, Infer, Tile};
-use super::{Engine, EngineError, PREDICTIONS, QUEUE, SPARE_BUFFERS, failed};
+use super::{Engine, EngineError, QUEUE, failed};
 use crate::geometry::TilePosition;
 use crate::pipeline::{self, Cancel, StageStats};
 
@@ -42,10 +42,10 @@ impl Engine {
         if tiles.is_empty() {
             return Err(EngineError::NoTilesGiven);
         }
-        let Self { sessions, batch_size, config, .. } = self;
+        let Self { card, sessions, batch_size, config, .. } = self;
         let batch_size = *batch_size;
         // As in a run; the buffers hold the tiles already, so that nothing is copied while the clock runs.
-        let pool_size = buffer_count(batch_size, sessions.len(), 0) + SPARE_BUFFERS;
+        let pool_size = buffer_count(batch_size, sessions.len(), 0) + Room::AMPLE.spare_buffers(card.tile_size);
         let (pool, free_buffers) = bounded(pool_size);
         for tile in tiles.iter().cycle().take(pool_size) {
             pool.send(tile.clone()).ok();
@@ -66,7 +66,7 @@ impl Engine {
             let predicted = line
                 .source("tiles", QUEUE, source)
                 .through("batch", QUEUE, vec![Group::new(batch_size)])
-                .through("infer", PREDICTIONS, infer);
+                .through("infer", QUEUE, infer);
             predicted.fold(
                 "results",
                 move |batch| {

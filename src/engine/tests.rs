@@ -86,9 +86,9 @@ fn memory_is_planned_part_by_part_and_lowered_below_a_limit() {
         plan: 50 * 32,
         // What is held, and three times a tile for each reader.
         reading: held + 2 * 3 * file_tile,
-        // Two batches of two for the session, four that wait, two tiles for each reader, and 24 to spare.
-        tiles: (4 + 8 + 4 + 24) * tile,
-        predictions: 40 * 3 * 4,
+        // Two batches of two for the session, four that wait, two tiles for each reader and 64 to spare: more than there are.
+        tiles: 50 * tile,
+        predictions: 50 * 3 * 4,
         // Two rows of ten cells in 32 bits and three strips of two rows in 8, of three classes and a fourth plane.
         stitching: 2 * 10 * 4 * 4 + 3 * 2 * 10 * 4,
         maps: 0,
@@ -131,6 +131,14 @@ fn memory_is_planned_part_by_part_and_lowered_below_a_limit() {
 }
 
 #[test]
+fn large_tiles_have_fewer_buffers_to_spare() {
+    // 10 MiB / (3 · side²), and never more than wait between two stages.
+    let spare = |tile_size| Room::AMPLE.spare_buffers(tile_size);
+    assert_eq!([96, 256, 512, 1024, 4096].map(spare), [64, 53, 13, 3, 0]);
+    assert_eq!(Room { spare_bytes: 0, ..Room::AMPLE }.spare_buffers(96), 0);
+}
+
+#[test]
 fn little_memory_gives_the_same_results() {
     let table = |room| {
         let (mut engine, folder) = (engine(8, None), tempfile::tempdir().unwrap());
@@ -140,7 +148,7 @@ fn little_memory_gives_the_same_results() {
         engine.run_slide("slide", &plan, folder.path(), conduct, &mut |_| {}).unwrap();
         std::fs::read(folder.path().join("model-outputs-csv/slide.csv")).unwrap()
     };
-    let least = Room { spare_buffers: 0, waiting_results: NonZeroUsize::MIN, decoded_bytes: Some(0) };
+    let least = Room { spare_bytes: 0, waiting_results: NonZeroUsize::MIN, decoded_bytes: Some(0) };
     assert_eq!(table(Room::AMPLE), table(least));
 }
 
