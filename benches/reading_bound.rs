@@ -1,8 +1,9 @@
 //! A run whose session answers at once, against the bare rate of its reader on the same tiles, in turns.
 //!
-//! `cargo bench --bench reading_bound -- SLIDE TILE_SIZE ROUNDS` prints JSON: tiles per second of both in every round, the
-//! ratio of their medians, and the stages of every run. The bare rate is that of a reader on each core, which reads into
-//! one buffer again and again; a run goes from the first tile to the last output, of which there is the tile table alone.
+//! `cargo bench --bench reading_bound -- SLIDE TILE_SIZE ROUNDS` prints JSON, which benches/results/ keeps: tiles per second
+//! of both in every round, the run's as a part of the bare rate (of the rounds the median and the middle half), and the
+//! stages of every run. The bare rate is that of a reader on each core, which reads into one buffer again and again; a run
+//! goes from the first tile to the last output, of which there is the tile table alone.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark fails by panicking and prints its result")]
 
@@ -19,7 +20,7 @@ use slidestream::engine::{Engine, inputs};
 use slidestream::inference::{BareModel, ModelCard, Prediction, Session, SessionError, device};
 use slidestream::measure::percentile;
 use slidestream::pipeline::Cancel;
-use slidestream::report::{ExecutionRecord, TimingRecord};
+use slidestream::report::{ExecutionRecord, ModelRecord, TimingRecord};
 use slidestream::slide::{ReadOptions, Slide, TileReader};
 
 /// Says of every tile that all classes are as probable.
@@ -49,9 +50,15 @@ fn main() {
     let readers = std::thread::available_parallelism().unwrap().get();
 
     let (mut bare, mut runs) = (Vec::new(), Vec::new());
-    // The first round warms caches up.
+    // The first round warms caches up. Who comes first changes, so that neither always has what the other one left.
     for round in 0..=rounds {
-        let (rate, timing) = (bare_rate(&plan, readers), run(&slide, &card, &tiling, readers));
+        let (rate, timing) = if round % 2 == 0 {
+            let rate = bare_rate(&plan, readers);
+            (rate, run(&slide, &card, &tiling, readers))
+        } else {
+            let timing = run(&slide, &card, &tiling, readers);
+            (bare_rate(&plan, readers), timing)
+        };
         if round > 0 {
             bare.push(rate);
             runs.push(timing);
@@ -59,24 +66,23 @@ fn main() {
     }
     let rates: Vec<f64> = runs.iter().map(|timing| timing.tiles_per_sec).collect();
     let stages: Vec<_> = runs.iter().map(|timing| &timing.stages).collect();
+    let mut ratios: Vec<f64> = rates.iter().zip(&bare).map(|(run, bare)| run / bare).collect();
+    ratios.sort_by(f64::total_cmp);
+    let [lower, median, upper] = [25.0, 50.0, 75.0].map(|percent| percentile(&ratios, percent));
     let name = slide.file_name().unwrap_or_default().to_string_lossy();
     let result = json!({
         "command": format!("cargo bench --bench reading_bound -- {name} {tile_size} {rounds}"),
         "version": env!("CARGO_PKG_VERSION"),
         "hardware": { "cpu": device::list().cpu.name, "cores": readers },
+        "reader": plan.slide.reader.as_str(),
         "tiles": plan.positions.len(),
-        "of_reading": median(&rates) / median(&bare),
+        "of_reading": median,
+        "of_reading_middle_half": [lower, upper],
         "run_tiles_per_sec": rates,
         "reading_tiles_per_sec": bare,
         "stages": stages,
     });
     println!("{}", serde_json::to_string_pretty(&result).unwrap());
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    percentile(&sorted, 50.0)
 }
 
 /// Tiles per second that readers on all cores read while nothing else is done.
@@ -109,9 +115,9 @@ fn run(slide: &Path, card: &ModelCard, tiling: &TilingConfig, readers: usize) ->
         icc: false,
     };
     let session = AtOnce { classes: card.classes.len() };
-    let execution =
-        ExecutionRecord { provider: "none".to_owned(), batch_size: 1, readers, ..ExecutionRecord::default() };
-    let mut engine = Engine::over_sessions(card.clone(), config, vec![Box::new(session)], execution);
+    let model = ModelRecord { name: "at once".to_owned(), ..ModelRecord::default() };
+    let execution = ExecutionRecord { batch_size: 1, readers, ..ExecutionRecord::default() };
+    let mut engine = Engine::over_sessions(card.clone(), config, vec![Box::new(session)], model, execution).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let out = OutputFolder::lock(folder.path()).unwrap();
     let slides = inputs::slides(&[slide.to_owned()]).unwrap();

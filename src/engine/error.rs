@@ -43,6 +43,9 @@ pub enum EngineError {
     /// A file can't be written or read.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// There is nothing to infer with.
+    #[error("no sessions were given")]
+    NoSessions,
     /// There is nothing to infer.
     #[error("no tiles were given")]
     NoTilesGiven,
@@ -186,7 +189,7 @@ impl EngineError {
             )),
             Self::Locked { .. } => text(Some("wait for it to end or choose another `out`")),
             Self::Panicked { .. } => text(Some("this is a bug in slidestream: please report it with this message")),
-            Self::Cancelled | Self::NoTilesGiven => None,
+            Self::Cancelled | Self::NoSessions | Self::NoTilesGiven => None,
         }
     }
 

@@ -136,38 +136,46 @@ impl Engine {
 
     /// An engine over sessions that were made elsewhere: by another runtime, or with answers that are known beforehand.
     ///
-    /// `execution` says where they run; its readers and its tiles per batch, at least one each, are those of the engine.
-    #[must_use]
+    /// Sessions must answer as `card` says: its task, a row for each tile, a score for each class. Slides are done again when
+    /// anything in `model` differs from what their records say. `execution` says where the sessions run, in the words of
+    /// records (`cpu`, `cuda:0`), and how many readers and tiles per batch the engine has, at least one each; their own
+    /// number is counted. Who asks to stop waits for the batches under way.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSessions`].
     pub fn over_sessions(
         card: ModelCard,
         config: RunConfig,
         sessions: Vec<Box<dyn Session>>,
+        model: ModelRecord,
         execution: ExecutionRecord,
-    ) -> Self {
-        let model = ModelRecord {
-            name: card.name.clone(),
-            variant: execution.provider.clone(),
-            task: card.task.to_string(),
-            classes: card.class_names(),
-            ..ModelRecord::default()
-        };
+    ) -> Result<Self, EngineError> {
+        if sessions.is_empty() {
+            return Err(EngineError::NoSessions);
+        }
         let at_least_one = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
-        Self {
-            readers: at_least_one(execution.readers),
-            batch_size: at_least_one(execution.batch_size),
-            execution: ExecutionRecord { sessions: sessions.len(), ..execution },
+        let (readers, batch_size) = (at_least_one(execution.readers), at_least_one(execution.batch_size));
+        let execution = ExecutionRecord {
+            readers: readers.get(),
+            sessions: sessions.len(),
+            threads_per_session: execution.threads_per_session.max(1),
+            ..execution
+        };
+        Ok(Self {
             card,
             config,
             sessions,
             factories: Vec::new(),
+            readers,
             is_split_due: false,
-            // What they take of memory is not this engine's to find out.
-            warm_batch: usize::MAX,
+            batch_size,
+            warm_batch: 0,
             cold_bytes: 0,
             model_bytes: None,
             room: Room::AMPLE,
             model,
-        }
+            execution,
+        })
     }
 
     /// The model that was loaded.
@@ -179,7 +187,7 @@ impl Engine {
     /// Where and how it runs; the placement of nodes is known once a batch was inferred on a GPU.
     #[must_use]
     pub fn execution(&self) -> ExecutionRecord {
-        let mut placement: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        let mut placement = self.execution.placement.clone();
         for of_device in self.factories.iter().filter_map(SessionFactory::placement) {
             for (provider, operators) in &of_device.nodes {
                 let of_provider = placement.entry(provider.clone()).or_default();

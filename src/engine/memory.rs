@@ -38,7 +38,7 @@ const TRACE_BYTES: u64 = 4096;
 /// What of a run's memory changes its speed and none of its results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Room {
-    /// Pixels of tiles beyond those that the workers hold.
+    /// Tiles with their results beyond those that the workers hold.
     pub(super) spare_bytes: u64,
     /// Results between stitching and writing.
     pub(super) waiting_results: NonZeroUsize,
@@ -52,10 +52,9 @@ impl Room {
     /// As little as a run needs, but for the decoded tiles.
     const LEAST: Self = Self { spare_bytes: 0, waiting_results: NonZeroUsize::MIN, decoded_bytes: None };
 
-    /// How many tiles of a side of `tile_size` pixels it has buffers for beyond those that the workers hold: no more than
-    /// wait between two stages.
-    pub(super) fn spare_buffers(self, tile_size: u32) -> usize {
-        let tile_bytes = 3 * u64::from(tile_size).pow(2);
+    /// How many tiles of so many bytes it has buffers for beyond those that the workers hold: no more than wait between two
+    /// stages.
+    pub(super) fn spare_buffers(self, tile_bytes: u64) -> usize {
         usize::try_from(self.spare_bytes / tile_bytes.max(1)).unwrap_or(usize::MAX).min(QUEUE.get())
     }
 }
@@ -233,13 +232,8 @@ impl Work<'_> {
         let emits = |kind| config.emit.contains(&kind);
         let count = plan.positions.len() as u64;
         let held = room.decoded_bytes.map_or(reading.held, |bytes| bytes.min(reading.held));
-        let pixels = u64::from(plan.plane.tile_size) * u64::from(plan.plane.tile_size);
-        let values = match card.task {
-            Task::Classification => card.classes.len() as u64,
-            Task::Segmentation => card.classes.len() as u64 * pixels,
-            Task::Features => FEATURES,
-        };
-        let buffers = buffer_count(batch_size, sessions, readers) + room.spare_buffers(plan.plane.tile_size);
+        let tile_size = plan.plane.tile_size;
+        let buffers = buffer_count(batch_size, sessions, readers) + room.spare_buffers(tile_bytes(card, tile_size));
         let on_their_way = (buffers as u64).min(count);
         let spec = stitch_spec(card, config, plan);
         let stitching = spec.as_ref().map_or(0, |spec| stitching_bytes(spec, room));
@@ -256,8 +250,8 @@ impl Work<'_> {
             model: 0,
             plan: 0,
             reading: held + readers as u64 * reading.per_reader,
-            tiles: on_their_way * 3 * pixels,
-            predictions: on_their_way * values * size_of::<f32>() as u64,
+            tiles: on_their_way * pixel_bytes(tile_size),
+            predictions: on_their_way * result_bytes(card, tile_size),
             stitching,
             maps: spec.as_ref().filter(|_| emits(Emit::Tiff)).map_or(0, |spec| map_bytes(plan, spec, threads)),
             overview: spec.as_ref().map_or(0, overview),
@@ -276,6 +270,24 @@ impl Work<'_> {
 pub(super) fn plan_bytes(plan: &SlidePlan) -> u64 {
     let tissue = plan.tissue.as_ref().map_or(0, TissueMask::memory_bytes);
     tissue + (plan.positions.len() * size_of::<TilePosition>()) as u64
+}
+
+/// A tile on its way, with what the model says of it.
+pub(super) fn tile_bytes(card: &ModelCard, tile_size: u32) -> u64 {
+    pixel_bytes(tile_size) + result_bytes(card, tile_size)
+}
+
+fn pixel_bytes(tile_size: u32) -> u64 {
+    3 * u64::from(tile_size).pow(2)
+}
+
+fn result_bytes(card: &ModelCard, tile_size: u32) -> u64 {
+    let values = match card.task {
+        Task::Classification => card.classes.len() as u64,
+        Task::Segmentation => card.classes.len() as u64 * u64::from(tile_size).pow(2),
+        Task::Features => FEATURES,
+    };
+    values * size_of::<f32>() as u64
 }
 
 /// Tiles that may be on their way without any to spare: every session holds a batch and has one waiting, one batch is being

@@ -36,7 +36,7 @@ pub use self::error::EngineError;
 pub(crate) use self::error::chain;
 pub use self::load::LoadRequest;
 pub(crate) use self::load::model_record;
-use self::memory::{Before, Resident, Room, Work, buffer_count};
+use self::memory::{Before, Resident, Room, Work, buffer_count, tile_bytes};
 pub use self::memory::{MemoryParts, MemoryPlan};
 use self::pictures::EarlyPictures;
 pub(crate) use self::pictures::SlidePicture;
@@ -52,13 +52,13 @@ use crate::stitch::{StitchSpec, Stitcher};
 
 /// Tiles between two calls of the progress callback.
 const PROGRESS_STEP: u64 = 8;
-/// Items between two stages: so many that none waits for one that waits for a core itself. What they hold in all is bounded
-/// by the pool of buffers.
+/// Items between two stages, up to stitching: so many that none waits for one that waits for a core itself. What they hold in
+/// all is bounded by the pool of buffers.
 const QUEUE: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// Batches with results between inference and stitching that the pool has buffers for.
 const PREDICTIONS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
-/// Pixels of tiles beyond those that the workers hold: with them small tiles pass 10 % faster, as a worker that has to wait
-/// for a core holds back nobody. The larger a tile is, the longer it takes, and the fewer pass meanwhile.
+/// Tiles with their results beyond those that the workers hold: a worker that has to wait for a core holds back nobody. The
+/// larger a tile is, the longer it takes, and the fewer pass meanwhile.
 const SPARE_BYTES: u64 = 10 << 20;
 /// Results between stitching and writing. The rows that a row of tiles completes leave at once, in up to eight strips of a
 /// 512 px tile: without room for them stitching and writing would take turns.
@@ -274,8 +274,8 @@ impl Engine {
         }
         let stitcher = spec.as_ref().map(|spec| Stitcher::new(*spec)).transpose()?;
 
-        let pool_size =
-            buffer_count(batch_size, sessions.len(), readers.len()) + room.spare_buffers(plan.plane.tile_size);
+        let workers_hold = buffer_count(batch_size, sessions.len(), readers.len());
+        let pool_size = workers_hold + room.spare_buffers(tile_bytes(card, plan.plane.tile_size));
         let (pool, free_buffers) = bounded(pool_size);
         for _ in 0..pool_size {
             pool.send(Vec::new()).ok();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
-use super::memory::{Room, buffer_count};
+use super::memory::{Room, buffer_count, tile_bytes};
 use super::stages::{Group, Infer, Tile};
 use super::{Engine, EngineError, QUEUE, failed};
 use crate::geometry::TilePosition;
@@ -45,7 +45,8 @@ impl Engine {
         let Self { card, sessions, batch_size, config, .. } = self;
         let batch_size = *batch_size;
         // As in a run; the buffers hold the tiles already, so that nothing is copied while the clock runs.
-        let pool_size = buffer_count(batch_size, sessions.len(), 0) + Room::AMPLE.spare_buffers(card.tile_size);
+        let pool_size =
+            buffer_count(batch_size, sessions.len(), 0) + Room::AMPLE.spare_buffers(tile_bytes(card, card.tile_size));
         let (pool, free_buffers) = bounded(pool_size);
         for tile in tiles.iter().cycle().take(pool_size) {
             pool.send(tile.clone()).ok();

@@ -31,9 +31,11 @@ fn engine(batch_size: usize, fault: Option<(u64, Fault)>) -> Engine {
         on_nonfinite: OnFailure::Skip,
         icc: false,
     };
-    let execution =
-        ExecutionRecord { provider: "fake".to_owned(), batch_size, readers: 2, ..ExecutionRecord::default() };
-    Engine::over_sessions(card, config, vec![Box::new(session)], execution)
+    let model = ModelRecord { name: "fake".to_owned(), ..ModelRecord::default() };
+    let execution = ExecutionRecord { batch_size, readers: 2, ..ExecutionRecord::default() };
+    let engine = Engine::over_sessions(card, config, vec![Box::new(session)], model, execution).unwrap();
+    // Faults count the tiles of slides alone.
+    Engine { warm_batch: usize::MAX, ..engine }
 }
 
 /// Runs over a slide of 640 × 320 px: 50 tiles.
@@ -132,10 +134,30 @@ fn memory_is_planned_part_by_part_and_lowered_below_a_limit() {
 
 #[test]
 fn large_tiles_have_fewer_buffers_to_spare() {
-    // 10 MiB / (3 · side²), and never more than wait between two stages.
-    let spare = |tile_size| Room::AMPLE.spare_buffers(tile_size);
-    assert_eq!([96, 256, 512, 1024, 4096].map(spare), [64, 53, 13, 3, 0]);
-    assert_eq!(Room { spare_bytes: 0, ..Room::AMPLE }.spare_buffers(96), 0);
+    let mut card = engine(1, None).card;
+    let mut spare = |task, tile_size| {
+        card.task = task;
+        Room::AMPLE.spare_buffers(memory::tile_bytes(&card, tile_size))
+    };
+    // 10 MiB by 3 bytes a pixel and 12 for three classes; never more than wait between two stages.
+    assert_eq!([96, 256, 512, 1024, 4096].map(|side| spare(Task::Classification, side)), [64, 53, 13, 3, 0]);
+    assert_eq!([96, 256, 512].map(|side| spare(Task::Segmentation, side)), [64, 10, 2]);
+    assert_eq!(Room { spare_bytes: 0, ..Room::AMPLE }.spare_buffers(1), 0);
+    // A plan of more tiles than there are buffers: two batches of two and four that wait, four for two readers, 64 to spare.
+    let (engine, folder) = (engine(2, None), tempfile::tempdir().unwrap());
+    let mut plan = planned(&engine, folder.path());
+    plan.positions = plan.positions.repeat(2);
+    let (card, config, batch_size) = (&engine.card, &engine.config, engine.batch_size);
+    let work = Work { plan: &plan, card, config, batch_size, sessions: 1, readers: 2, threads: 1, is_traced: false };
+    let parts = work.plan(Before::default(), None).unwrap().parts;
+    assert_eq!((parts.tiles, parts.predictions), (80 * 64 * 64 * 3, 80 * 3 * 4));
+}
+
+#[test]
+fn no_sessions_are_no_engine() {
+    let Engine { card, config, model, execution, .. } = engine(1, None);
+    let error = Engine::over_sessions(card, config, Vec::new(), model, execution).err().unwrap();
+    assert!(matches!(error, EngineError::NoSessions), "{error}");
 }
 
 #[test]
