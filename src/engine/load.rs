@@ -117,21 +117,7 @@ impl Engine {
             sessions: sessions.len(),
             threads_per_session: intra_threads.map_or(cores, NonZeroUsize::get),
         };
-        Ok(Self {
-            card,
-            config,
-            sessions,
-            factories,
-            readers,
-            is_split_due,
-            batch_size,
-            warm_batch: 0,
-            cold_bytes: 0,
-            model_bytes: None,
-            room: Room::AMPLE,
-            model,
-            execution,
-        })
+        Ok(Self { factories, is_split_due, ..Self::over_sessions(card, config, sessions, model, execution)? })
     }
 
     /// An engine over sessions that were made elsewhere: by another runtime, or with answers that are known beforehand.
