@@ -26,8 +26,8 @@ const AXIS_WEIGHT: u32 = 64;
 const STRIP_ROWS: usize = 64;
 /// Rows of a tile that one core places: some microseconds of work, or the hand-over costs more.
 const ROWS_AT_A_TIME: usize = 32;
-/// Columns of a row that are finished together.
-const PIECE: usize = 1024;
+/// Columns of a row that are finished together: where tiles lie scattered, little between them is finished too.
+const PIECE: usize = 256;
 
 /// What is stitched.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -138,8 +138,8 @@ struct Row {
     /// `[class, column]`.
     sums: Vec<u32>,
     weights: Vec<u32>,
-    /// The columns that tiles cover, and perhaps some between them.
-    touched: Range<usize>,
+    /// Which pieces of [`PIECE`] columns tiles reach into.
+    touched: Vec<bool>,
 }
 
 /// The lines of a strip that one row becomes.
@@ -351,69 +351,70 @@ impl Row {
         if self.weights.is_empty() {
             self.weights.resize(width, 0);
             self.sums.resize(width * class_count, 0);
+            self.touched.resize(width.div_ceil(PIECE), false);
         }
-        self.touch(columns);
+        self.touched[columns.start / PIECE..columns.end.div_ceil(PIECE)].fill(true);
     }
 
     /// Writes what the tiles said, now that no more will come, and empties the row.
-    fn leave(&mut self, lines: Lines<'_>, threshold: Option<f32>) {
-        let Lines { classes, mut probabilities } = lines;
-        let (width, touched) = (self.weights.len(), std::mem::take(&mut self.touched));
-        for line in probabilities.iter_mut().map(|line| &mut **line).chain([&mut *classes]) {
-            line[..touched.start].fill(0);
-            line[touched.end..].fill(0);
-        }
-        // Piece by piece, and class by class within it: the loops over columns run on vectors, and what they need stays
-        // close.
-        for left in touched.clone().step_by(PIECE) {
-            let columns = left..touched.end.min(left + PIECE);
-            let weights = &mut self.weights[columns.clone()];
-            let mut scales = [0.0; PIECE];
-            for (scale, weight) in scales.iter_mut().zip(&*weights) {
-                *scale = 255.0 / PROBABILITY_STEPS / (*weight).max(1) as f32;
+    fn leave(&mut self, mut lines: Lines<'_>, threshold: Option<f32>) {
+        let width = lines.classes.len();
+        for (piece, left) in (0..width).step_by(PIECE).enumerate() {
+            let columns = left..width.min(left + PIECE);
+            // A row that no tile has reached yet has no pieces.
+            match self.touched.get_mut(piece).map(std::mem::take) {
+                Some(true) => self.leave_piece(columns, &mut lines, threshold),
+                Some(false) | None => lines.clear(columns),
             }
-            let mut best = [0; PIECE];
-            let classes = &mut classes[columns.clone()];
-            classes.fill(1);
-            for (class, line) in probabilities.iter_mut().enumerate() {
-                let sums = &mut self.sums[class * width..][columns.clone()];
-                for ((out, sum), scale) in line[columns.clone()].iter_mut().zip(&*sums).zip(&scales) {
-                    // The sum is a whole number below 2^28, and the product at most 255.
-                    #[expect(
-                        clippy::cast_possible_truncation,
-                        clippy::cast_sign_loss,
-                        reason = "0..=255 by construction"
-                    )]
-                    let level = (*sum as f32 * scale + 0.5) as u8;
-                    *out = level;
-                }
-                let value = u8::try_from(class + 1).unwrap_or(u8::MAX);
-                for ((out, best), sum) in classes.iter_mut().zip(&mut best).zip(&*sums) {
-                    *out = if *sum > *best { value } else { *out };
-                    *best = (*best).max(*sum);
-                }
-                sums.fill(0);
-            }
-            if let Some(threshold) = threshold {
-                let none = u8::try_from(probabilities.len() + 1).unwrap_or(u8::MAX);
-                for ((out, best), weight) in classes.iter_mut().zip(&best).zip(&*weights) {
-                    let is_reached = *best as f32 >= threshold * PROBABILITY_STEPS * *weight as f32;
-                    *out = if is_reached { *out } else { none };
-                }
-            }
-            for (out, weight) in classes.iter_mut().zip(&*weights) {
-                *out = if *weight == 0 { 0 } else { *out };
-            }
-            weights.fill(0);
         }
     }
 
-    /// Widens what counts as covered.
-    fn touch(&mut self, columns: Range<usize>) {
-        self.touched = match self.touched.is_empty() {
-            true => columns,
-            false => self.touched.start.min(columns.start)..self.touched.end.max(columns.end),
-        };
+    /// Writes and empties some columns, class by class: the loops run on vectors, and what they need stays close.
+    fn leave_piece(&mut self, columns: Range<usize>, lines: &mut Lines<'_>, threshold: Option<f32>) {
+        let width = self.weights.len();
+        let weights = &mut self.weights[columns.clone()];
+        let mut scales = [0.0; PIECE];
+        for (scale, weight) in scales.iter_mut().zip(&*weights) {
+            *scale = 255.0 / PROBABILITY_STEPS / (*weight).max(1) as f32;
+        }
+        let mut best = [0; PIECE];
+        let classes = &mut lines.classes[columns.clone()];
+        classes.fill(1);
+        for (class, line) in lines.probabilities.iter_mut().enumerate() {
+            let sums = &mut self.sums[class * width..][columns.clone()];
+            for ((out, sum), scale) in line[columns.clone()].iter_mut().zip(&*sums).zip(&scales) {
+                // The sum is a whole number below 2^28, and the product at most 255.
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=255 by construction")]
+                let level = (*sum as f32 * scale + 0.5) as u8;
+                *out = level;
+            }
+            let value = u8::try_from(class + 1).unwrap_or(u8::MAX);
+            for ((out, best), sum) in classes.iter_mut().zip(&mut best).zip(&*sums) {
+                *out = if *sum > *best { value } else { *out };
+                *best = (*best).max(*sum);
+            }
+            sums.fill(0);
+        }
+        if let Some(threshold) = threshold {
+            let none = u8::try_from(lines.probabilities.len() + 1).unwrap_or(u8::MAX);
+            for ((out, best), weight) in classes.iter_mut().zip(&best).zip(&*weights) {
+                let is_reached = *best as f32 >= threshold * PROBABILITY_STEPS * *weight as f32;
+                *out = if is_reached { *out } else { none };
+            }
+        }
+        for (out, weight) in classes.iter_mut().zip(&*weights) {
+            *out = if *weight == 0 { 0 } else { *out };
+        }
+        weights.fill(0);
+    }
+}
+
+impl Lines<'_> {
+    /// Where no tile is.
+    fn clear(&mut self, columns: Range<usize>) {
+        for line in self.probabilities.iter_mut().map(|line| &mut **line).chain([&mut *self.classes]) {
+            line[columns.clone()].fill(0);
+        }
     }
 }
 
@@ -569,6 +570,37 @@ mod tests {
         assert_eq!(classes.len(), 8 * 300);
         let inferred: Vec<usize> = (0..300).filter(|row| classes[row * 8] == 1).collect();
         assert_eq!(inferred, (200..208).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn nothing_is_inferred_between_scattered_tiles() {
+        let (width, side) = (3 * PIECE as i64 + 40, 16);
+        let plane = plane(width, 48, 16);
+        let spec = StitchSpec { plane, cell: 1, class_count: 2, overlap: 0, threshold: None };
+        let mut stitcher = Stitcher::new(spec).unwrap();
+        let map = Array3::from_shape_fn((2, side, side), |(class, ..)| if class == 0 { 0.0 } else { 1.0 });
+        let whole = || Strip {
+            probabilities: vec![7; 48 * width as usize * 2],
+            classes: vec![7; 48 * width as usize],
+            ..Strip::default()
+        };
+        // The strips held other things before. The second tile lies across two pieces, the third one at the end.
+        for columns in [vec![3, PIECE as i64 - 5, width - 16], vec![2 * PIECE as i64], vec![]] {
+            stitcher.recycle(whole());
+            let row = stitcher.first_row as i64;
+            let tiles: Vec<_> = columns.iter().map(|x| (plane.position(*x, row), map.view())).collect();
+            stitcher.place_maps(&tiles, |_| {});
+            let mut strips = Vec::new();
+            stitcher.emit_until(stitcher.first_row + 16, &mut |strip| strips.push(strip));
+            let is_inferred = |x: i64| columns.iter().any(|left| (*left..left + 16).contains(&x));
+            for x in 0..width {
+                for (strip, y) in strips.iter().flat_map(|strip| (0..strip.row_count).map(move |y| (strip, y))) {
+                    let cell = y * strip.width + x as usize;
+                    let found = [strip.classes[cell], strip.probabilities_of(0)[cell], strip.probabilities_of(1)[cell]];
+                    assert_eq!(found, if is_inferred(x) { [2, 0, 255] } else { [0; 3] }, "column {x} of row {y}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,8 +7,10 @@ use rayon::prelude::*;
 use super::{StitchSpec, Strip, map_size};
 use crate::geometry::PixelSize;
 
-/// Columns of the map that one core sums: enough work in a strip to be worth the hand-over.
-const BLOCK_COLUMNS: usize = 1024;
+/// Columns of the map that are summed together, and passed over where none was inferred.
+const BLOCK_COLUMNS: usize = 256;
+/// Blocks that one core sums: enough work in a strip to be worth the hand-over.
+const BLOCKS_AT_A_TIME: usize = 4;
 
 /// The whole map at a size that fits memory and a screen, made from the strips as they pass.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,6 +52,8 @@ struct Block {
     /// were inferred, `[column]`.
     sums: Vec<u32>,
     counts: Vec<u32>,
+    /// Whether any were inferred since the last row ended.
+    is_touched: bool,
     /// The rows that ended with the last strip: `[class][row, cell]` and `[row, cell]`.
     probabilities: Vec<Vec<u8>>,
     classes: Vec<u8>,
@@ -97,7 +101,7 @@ impl OverviewBuilder {
     pub fn add(&mut self, strip: &Strip) {
         debug_assert_eq!(strip.first_row, self.next_row, "strips come in order");
         let Self { factor, threshold, next_row, map_height, .. } = *self;
-        self.blocks.par_iter_mut().for_each(|block| {
+        self.blocks.par_iter_mut().with_min_len(BLOCKS_AT_A_TIME).for_each(|block| {
             for row in 0..strip.row_count {
                 block.add_row(strip, row);
                 let end = next_row + row as u64 + 1;
@@ -146,6 +150,7 @@ impl Block {
         Self {
             sums: vec![0; columns.len() * class_count],
             counts: vec![0; columns.len()],
+            is_touched: false,
             columns,
             probabilities: vec![Vec::new(); class_count],
             classes: Vec::new(),
@@ -160,6 +165,7 @@ impl Block {
         if classes.iter().fold(0, |any, class| any | class) == 0 {
             return;
         }
+        self.is_touched = true;
         for (count, class) in self.counts.iter_mut().zip(classes) {
             *count += u32::from(*class > 0);
         }
@@ -172,6 +178,12 @@ impl Block {
 
     fn end_row(&mut self, factor: usize, threshold: Option<f32>) {
         let (width, class_count) = (self.counts.len(), self.probabilities.len());
+        if !std::mem::take(&mut self.is_touched) {
+            for values in self.probabilities.iter_mut().chain([&mut self.classes]) {
+                values.resize(values.len() + width.div_ceil(factor), 0);
+            }
+            return;
+        }
         for left in (0..width).step_by(factor) {
             let columns = left..(left + factor).min(width);
             let count: u32 = self.counts[columns.clone()].iter().sum();
@@ -244,5 +256,28 @@ mod tests {
             (0..height).flat_map(|y| (0..width).map(move |x| (x, y))).filter(|(x, y)| class(*x, *y) == wanted).count()
         };
         assert_eq!(counts, [of_class(1) as u64, of_class(2) as u64, 0]);
+    }
+
+    #[test]
+    fn columns_that_were_not_inferred_are_of_no_class() {
+        let (width, side) = (3 * BLOCK_COLUMNS, 2);
+        let region = Level0Rect { x: 0, y: 0, width: width as i64, height: 2 * side as i64 };
+        let pixel_size = PixelSize::square(Mpp::new(0.5).unwrap());
+        let plane = TilePlane { region, downsample_x: 1.0, downsample_y: 1.0, pixel_size, tile_size: 64 };
+        let spec = StitchSpec { plane, cell: 1, class_count: 1, overlap: 0, threshold: None };
+        let mut builder = OverviewBuilder::new(&spec, width / side).unwrap();
+        // Of the first two rows all was inferred, of the others the middle.
+        let middle = |x: usize| BLOCK_COLUMNS <= x && x < 2 * BLOCK_COLUMNS;
+        for (first_row, is_inferred) in [(0, &(|_| true) as &dyn Fn(usize) -> bool), (2, &middle)] {
+            let rows = |value: u8| (0..side * width).map(|cell| u8::from(is_inferred(cell % width)) * value).collect();
+            builder.add(&Strip { first_row, row_count: side, width, probabilities: rows(200), classes: rows(1) });
+        }
+        let (overview, counts) = builder.finish();
+        for (cell, (class, level)) in overview.classes.iter().zip(&overview.probabilities[0]).enumerate() {
+            let (row, x) = (cell / overview.width, cell % overview.width * side);
+            let expected = if row == 0 || middle(x) { (1, 200) } else { (0, 0) };
+            assert_eq!((*class, *level), expected, "cell {cell}");
+        }
+        assert_eq!((overview.height, counts), (2, vec![(4 * width - 2 * side * BLOCK_COLUMNS) as u64, 0]));
     }
 }
