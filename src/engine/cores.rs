@@ -9,8 +9,9 @@ use crate::slide::{ReadOptions, TileReader};
 
 /// Neighbouring tiles that are timed.
 const TILES: usize = 8;
-/// No tile more is begun after this.
-const MOST_TIME: Duration = Duration::from_millis(200);
+/// No tile more is begun after this: the other cores wait meanwhile, and a tile that takes long leaves no doubt about who needs
+/// them.
+const MOST_TIME: Duration = Duration::from_millis(50);
 
 /// Seconds of a core that a tile takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
