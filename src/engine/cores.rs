@@ -7,7 +7,7 @@ use super::plan::SlidePlan;
 use crate::inference::Session;
 use crate::slide::{ReadOptions, TileReader};
 
-/// Neighbouring tiles that are timed.
+/// Neighbouring tiles, of which the first one warms up and the others are timed.
 const TILES: usize = 8;
 /// No tile more is begun after this: the other cores wait meanwhile, and a tile that takes long leaves no doubt about who needs
 /// them.
@@ -28,7 +28,7 @@ pub(super) struct Split {
 }
 
 impl TileCost {
-    /// Times tiles from the middle of the plan on this thread; `None` if it has none, or none of them can be read.
+    /// Times tiles from the middle of the plan on this thread; `None` if it has none, or none can be read to be timed.
     pub(super) fn measure(
         plan: &SlidePlan,
         options: ReadOptions,
@@ -39,18 +39,23 @@ impl TileCost {
         let mut readers = TileReader::several(&plan.slide, &plan.choice, options, tiles, 1)?;
         let Some(reader) = readers.first_mut() else { return Ok(None) };
         let (mut read, mut infer) = (Vec::new(), Vec::new());
-        let (begin, mut pixels) = (Instant::now(), Vec::new());
+        let (begin, mut pixels, mut is_warm) = (Instant::now(), Vec::new(), false);
         for tile in tiles {
             let start = Instant::now();
             // What can't be read is the run's to judge.
             if reader.read(*tile, &mut pixels).is_err() {
                 continue;
             }
-            read.push(start.elapsed());
-            if infer.is_empty() {
-                // The first of all batches also makes the session's memory.
+            let took = start.elapsed();
+            if !is_warm {
+                // The first batch also makes the session's memory, the first read opens the file and fills caches.
                 session.predict(&[&pixels])?;
+                is_warm = true;
+                if tiles.len() > 1 {
+                    continue;
+                }
             }
+            read.push(took);
             let start = Instant::now();
             session.predict(&[&pixels])?;
             infer.push(start.elapsed());
