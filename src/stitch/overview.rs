@@ -260,24 +260,29 @@ mod tests {
 
     #[test]
     fn columns_that_were_not_inferred_are_of_no_class() {
-        let (width, side) = (3 * BLOCK_COLUMNS, 2);
-        let region = Level0Rect { x: 0, y: 0, width: width as i64, height: 2 * side as i64 };
+        let (factor, width, height) = (3, 3 * BLOCK_COLUMNS + 1, 9);
+        let region = Level0Rect { x: 0, y: 0, width: width as i64, height };
         let pixel_size = PixelSize::square(Mpp::new(0.5).unwrap());
         let plane = TilePlane { region, downsample_x: 1.0, downsample_y: 1.0, pixel_size, tile_size: 64 };
         let spec = StitchSpec { plane, cell: 1, class_count: 1, overlap: 0, threshold: None };
-        let mut builder = OverviewBuilder::new(&spec, width / side).unwrap();
-        // Of the first two rows all was inferred, of the others the middle.
-        let middle = |x: usize| BLOCK_COLUMNS <= x && x < 2 * BLOCK_COLUMNS;
-        for (first_row, is_inferred) in [(0, &(|_| true) as &dyn Fn(usize) -> bool), (2, &middle)] {
-            let rows = |value: u8| (0..side * width).map(|cell| u8::from(is_inferred(cell % width)) * value).collect();
-            builder.add(&Strip { first_row, row_count: side, width, probabilities: rows(200), classes: rows(1) });
+        let mut builder = OverviewBuilder::new(&spec, width.div_ceil(factor)).unwrap();
+        // All was inferred of what becomes the first row, and of the next two the block in the middle.
+        let block = BLOCK_COLUMNS.next_multiple_of(factor);
+        let middle = |x: usize| (block..2 * block).contains(&x);
+        for (first_row, row_count, is_inferred) in [(0, 3, &(|_| true) as &dyn Fn(usize) -> bool), (3, 6, &middle)] {
+            let rows = |value: u8| {
+                (0..row_count * width).map(|cell| u8::from(is_inferred(cell % width)) * value).collect::<Vec<u8>>()
+            };
+            builder.add(&Strip { first_row, row_count, width, probabilities: rows(200), classes: rows(1) });
         }
         let (overview, counts) = builder.finish();
+        assert_eq!((overview.width, overview.height), (width.div_ceil(factor), 3));
+        assert_eq!((overview.classes.len(), overview.probabilities[0].len()), (3 * overview.width, 3 * overview.width));
         for (cell, (class, level)) in overview.classes.iter().zip(&overview.probabilities[0]).enumerate() {
-            let (row, x) = (cell / overview.width, cell % overview.width * side);
+            let (row, x) = (cell / overview.width, cell % overview.width * factor);
             let expected = if row == 0 || middle(x) { (1, 200) } else { (0, 0) };
             assert_eq!((*class, *level), expected, "cell {cell}");
         }
-        assert_eq!((overview.height, counts), (2, vec![(4 * width - 2 * side * BLOCK_COLUMNS) as u64, 0]));
+        assert_eq!(counts, [(3 * width + 6 * block) as u64, 0]);
     }
 }
